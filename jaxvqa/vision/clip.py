@@ -1,0 +1,213 @@
+"""The CLIP vision tower (LLaVA-1.5's image encoder), stopped at the last hidden state that is read."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass, register_static
+
+from jaxvqa.attention import attend
+from jaxvqa.errors import JaxVQAError
+from jaxvqa.sharding import ACT_BTD, ACT_BTF, ACT_BTNH, ArraySpec, constrain, einsum, stack
+from jaxvqa.typing import Array, Float
+
+
+@register_static
+@dataclass(frozen=True)
+class ClipConfig:
+    """Sizes of a CLIP vision tower."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    mlp_width: int
+    num_layers: int
+    num_heads: int
+    norm_eps: float
+    activation: str
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any]) -> "ClipConfig":
+        """Read HF's `vision_config`; raises `JaxVQAError` for another tower or activation."""
+        if (kind := hf.get("model_type", "clip_vision_model")) != "clip_vision_model":
+            raise JaxVQAError(f"vision model type {kind!r} is not supported; supported is clip_vision_model")
+        hf = _DEFAULTS | {k: v for k, v in hf.items() if v is not None}
+        if hf["hidden_act"] not in ACTIVATIONS:
+            raise JaxVQAError(
+                f"vision hidden_act {hf['hidden_act']!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
+            )
+        return cls(
+            image_size=hf["image_size"],
+            patch_size=hf["patch_size"],
+            width=hf["hidden_size"],
+            mlp_width=hf["intermediate_size"],
+            num_layers=hf["num_hidden_layers"],
+            num_heads=hf["num_attention_heads"],
+            norm_eps=hf["layer_norm_eps"],
+            activation=hf["hidden_act"],
+        )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return (self.image_size // self.patch_size,) * 2
+
+
+# HF's CLIPVisionConfig defaults, left out of a config.json when equal.
+_DEFAULTS = {
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "layer_norm_eps": 1e-5,
+    "hidden_act": "quick_gelu",
+}
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class LayerNorm:
+    scale: Float[Array, "D"]
+    bias: Float[Array, "D"]
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class ClipLayer:
+    """One block; in a `Clip` every leaf has a leading layer axis L."""
+
+    norm1: LayerNorm
+    q_proj: Float[Array, "D N H"]
+    q_bias: Float[Array, "N H"]
+    k_proj: Float[Array, "D N H"]
+    k_bias: Float[Array, "N H"]
+    v_proj: Float[Array, "D N H"]
+    v_bias: Float[Array, "N H"]
+    o_proj: Float[Array, "N H D"]
+    o_bias: Float[Array, "D"]
+    norm2: LayerNorm
+    fc1: Float[Array, "D F"]
+    fc1_bias: Float[Array, "F"]
+    fc2: Float[Array, "F D"]
+    fc2_bias: Float[Array, "D"]
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Clip:
+    """Parameters of the tower. `post_norm` belongs to the checkpoint; hidden states do not pass it."""
+
+    patch_embed: Float[Array, "C p p D"]
+    class_embed: Float[Array, "D"]
+    position_embed: Float[Array, "P D"]
+    pre_norm: LayerNorm
+    layers: ClipLayer
+    post_norm: LayerNorm
+
+
+def specs(c: ClipConfig) -> Clip:
+    """Declare every parameter: shape, logical axes, initialisation."""
+    D, F, N, H, p = c.width, c.mlp_width, c.num_heads, c.width // c.num_heads, c.patch_size
+    patches = c.grid[0] * c.grid[1]
+    norm = LayerNorm(ArraySpec((D,), (None,), "ones"), ArraySpec((D,), (None,), "zeros"))
+    heads = ArraySpec((D, N, H), ("embed", "heads", None))
+    head_bias = ArraySpec((N, H), ("heads", None), "zeros")
+    out_scale = 0.02 / (2 * c.num_layers) ** 0.5
+    layer = ClipLayer(
+        norm1=norm,
+        q_proj=heads,
+        q_bias=head_bias,
+        k_proj=heads,
+        k_bias=head_bias,
+        v_proj=heads,
+        v_bias=head_bias,
+        o_proj=ArraySpec((N, H, D), ("heads", None, "embed"), scale=out_scale),
+        o_bias=ArraySpec((D,), (None,), "zeros"),
+        norm2=norm,
+        fc1=ArraySpec((D, F), ("embed", "mlp")),
+        fc1_bias=ArraySpec((F,), ("mlp",), "zeros"),
+        fc2=ArraySpec((F, D), ("mlp", "embed"), scale=out_scale),
+        fc2_bias=ArraySpec((D,), (None,), "zeros"),
+    )
+    return Clip(
+        patch_embed=ArraySpec((3, p, p, D), (None, None, None, "embed")),
+        class_embed=ArraySpec((D,), (None,)),
+        position_embed=ArraySpec((patches + 1, D), (None, "embed")),
+        pre_norm=norm,
+        layers=stack(layer, c.num_layers),
+        post_norm=norm,
+    )
+
+
+def hidden_index(c: ClipConfig, feature_layer: int) -> int:
+    """Blocks to run for HF's hidden state `feature_layer` (0 is the embedding, −1 the last block's output)."""
+    index = feature_layer if feature_layer >= 0 else c.num_layers + 1 + feature_layer
+    if not 0 <= index <= c.num_layers:
+        raise JaxVQAError(f"vision_feature_layer {feature_layer}: the tower has {c.num_layers} layers")
+    return index
+
+
+def encode(
+    params: Clip,
+    c: ClipConfig,
+    pixels: Float[Array, "M E E 3"],
+    feature_layers: tuple[int, ...] = (-2,),
+    *,
+    backend: str = "auto",
+) -> Float[Array, "M P D"]:
+    """Hidden states of normalised pixels, the class token first; several feature layers are concatenated along D.
+
+    Runs only as many blocks as the highest feature layer needs.
+    """
+    p, (rows, cols) = c.patch_size, c.grid
+    M = pixels.shape[0]
+    if pixels.shape[1:] != (c.image_size, c.image_size, 3):
+        raise JaxVQAError(f"pixels {pixels.shape}: expected [M, {c.image_size}, {c.image_size}, 3]")
+    patches = pixels.astype(params.patch_embed.dtype).reshape(M, rows, p, cols, p, 3)
+    patches = patches.transpose(0, 1, 3, 5, 2, 4).reshape(M, rows * cols, 3 * p * p)
+    x = einsum("BTC,CD->BTD", patches, params.patch_embed.reshape(3 * p * p, c.width), out=ACT_BTD)
+    first = constrain(jnp.broadcast_to(params.class_embed, (M, 1, c.width)), ACT_BTD)
+    x = jnp.concatenate([first, x], axis=1) + constrain(params.position_embed, (None, None))
+    x = layer_norm(x, params.pre_norm, c.norm_eps)
+
+    wanted = [hidden_index(c, f) for f in feature_layers]
+    states, done = {0: x}, 0
+    for stop in sorted(set(wanted)):
+
+        def step(x, i):
+            with jax.named_scope("vision/layer"):
+                layer = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), params.layers)
+                return _block(layer, c, x, backend), None
+
+        if stop > done:
+            x, _ = jax.lax.scan(step, x, jnp.arange(done, stop))
+        states[stop], done = x, stop
+    return jnp.concatenate([states[i] for i in wanted], axis=-1)
+
+
+def _block(w: ClipLayer, c: ClipConfig, x, backend):
+    h = layer_norm(x, w.norm1, c.norm_eps)
+    q = einsum("BTD,DNH->BTNH", h, w.q_proj, out=ACT_BTNH) + w.q_bias
+    k = einsum("BTD,DNH->BTNH", h, w.k_proj, out=ACT_BTNH) + w.k_bias
+    v = einsum("BTD,DNH->BTNH", h, w.v_proj, out=ACT_BTNH) + w.v_bias
+    out = attend(q, k, v, None, scale=q.shape[-1] ** -0.5, backend=backend)
+    x = x + einsum("BTNH,NHD->BTD", out, w.o_proj, out=ACT_BTD) + w.o_bias
+    h = layer_norm(x, w.norm2, c.norm_eps)
+    h = ACTIVATIONS[c.activation](einsum("BTD,DF->BTF", h, w.fc1, out=ACT_BTF) + w.fc1_bias)
+    return x + einsum("BTF,FD->BTD", h, w.fc2, out=ACT_BTD) + w.fc2_bias
+
+
+def layer_norm(x: Float[Array, "*B D"], p: LayerNorm, eps: float) -> Float[Array, "*B D"]:
+    """Layer normalisation with f32 statistics."""
+    f = x.astype(jnp.float32)
+    f = f - jnp.mean(f, axis=-1, keepdims=True)
+    f = f * jax.lax.rsqrt(jnp.mean(jnp.square(f), axis=-1, keepdims=True) + eps)
+    return (f * p.scale + p.bias).astype(x.dtype)
