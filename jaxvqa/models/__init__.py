@@ -1,0 +1,24 @@
+"""Model families. A family is a module with a config class, `specs`, `encode_images`, `prefill`, `extend`, `resume`."""
+
+import sys
+from types import ModuleType
+from typing import Any
+
+from jaxvqa.errors import JaxVQAError
+from jaxvqa.models import llava
+
+# HF `model_type` -> the family's config class, which lies in the family's module.
+FAMILIES: dict[str, type] = {"llava": llava.LlavaConfig}
+
+
+def config_from_hf(hf: dict[str, Any]) -> Any:
+    """The family's config from the contents of an HF config.json; JaxVQAError for an unsupported architecture."""
+    kind = hf.get("model_type")
+    if kind not in FAMILIES:
+        raise JaxVQAError(f"config.json: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}")
+    return FAMILIES[kind].from_hf(hf)
+
+
+def family_of(config: Any) -> ModuleType:
+    """The module that computes with `config`."""
+    return sys.modules[type(config).__module__]

@@ -124,10 +124,11 @@ def embed(
     x = decoder.embed_tokens(params.decoder, ids)
     if features is None:
         return x
-    B, I, P, D = features.shape
+    B, _, _, D = features.shape
+    features = features.reshape(B, -1, D)
     is_image = ids == c.image_token_id
-    index = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, I * P - 1)
-    tokens = jnp.take_along_axis(features.reshape(B, I * P, D), index[:, :, None], axis=1)
+    index = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, features.shape[1] - 1)
+    tokens = jnp.take_along_axis(features, index[:, :, None], axis=1)
     return jnp.where(is_image[:, :, None], tokens.astype(x.dtype), x)
 
 
