@@ -203,7 +203,7 @@ class VLM(nnx.Module):
         counts, ids = np.asarray(out.count), np.asarray(out.ids)
         return [self.text(row[:count], stop) for row, count in zip(ids, counts, strict=True)]
 
-    def text(self, ids: Sequence[int], stop: tuple[str, ...] = ()) -> str:
+    def text(self, ids: Sequence[int] | np.ndarray, stop: tuple[str, ...] = ()) -> str:
         """Generated ids as text, special tokens and surrounding space removed, cut before the first stop string."""
         text = self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
         ends = [text.find(s) for s in stop if s in text]
