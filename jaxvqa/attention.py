@@ -1,4 +1,4 @@
-"""The one attention core: causal decoders, vision towers and cross-attention call `attend`, and readouts `attention_rows`.
+"""The one attention core, for causal decoders, vision towers and cross-attention; readouts use `attention_rows`.
 
 Visibility is described by two vectors, never by a [T, S] array: a key is seen when its order is not above the query's
 (and, with segments, when it lies in the query's segment or in the shared segment 0). Order of operations: scores,

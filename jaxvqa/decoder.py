@@ -20,14 +20,16 @@ from jaxvqa.sharding import (
     ACT_BTKH,
     ACT_BTNH,
     ACT_BTV,
+    BATCH,
     CACHE_LBSKH,
     ArraySpec,
     constrain,
     einsum,
+    layout,
     stack,
     take,
 )
-from jaxvqa.taps import Edit, Mix, Plugin, ReadSpec, Readouts, Tap, Taps
+from jaxvqa.taps import Edit, Mix, Plugin, Readouts, ReadSpec, Tap, Taps
 from jaxvqa.typing import Array, Float, Int
 
 
@@ -175,7 +177,8 @@ class Stream:
 
     `order` decides who sees whom (a token sees keys of no greater order; `NEVER` marks padding), `positions` turn the
     rotary embedding. Segment 0 is a shared prefix, seen by all; other segments see it and themselves: several questions
-    about one image, or several options after one prompt, in one sequence.
+    about one image, or several options after one prompt, in one sequence. Without segments the tokens must be
+    right-padded and in ascending order, which is what fused attention kernels assume.
     """
 
     hidden: Float[Array, "B T D"]
@@ -251,14 +254,13 @@ def run(
         if capacity < T:
             raise JaxVQAError(f"cache capacity {capacity} is below the {T} tokens of the prompt")
         shape = (stop - start, stream.hidden.shape[0], capacity, config.num_kv_heads, config.head_dim)
-        keys = tuple(constrain(jnp.zeros(shape, stream.hidden.dtype), CACHE_LBSKH) for _ in range(2))
+        keys = tuple(jnp.zeros(shape, stream.hidden.dtype, out_sharding=layout(CACHE_LBSKH)) for _ in range(2))
         at = jnp.int32(0)
         k_order = jnp.pad(stream.order, ((0, 0), (0, capacity - T)), constant_values=NEVER)
         k_segment = None
     else:
         keys, at, k_order, k_segment = None, None, None, None
 
-    rows = taps.rows if taps.rows is not None else last_row(stream.order)
     edits = taps.edits
     readouts: list[dict[str, Array]] = []
     for a, b in _segments(start, stop, edits, spec, plugins):
@@ -277,13 +279,13 @@ def run(
             active = tuple(e for e in edits if e.start <= c < e.stop)
             want = spec.read if c in spec.layers else frozenset()
 
-            def layer(x, keys, i, active=active, want=want, mask=mask, rope=rope, rows=rows):
+            def layer(x, keys, i, active=active, want=want, mask=mask, rope=rope):
                 with jax.named_scope("decoder/layer"):
                     weights = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), params.layers)
                     tap = _merge([e.at(i) for e in active])
                     slot = None if keys is None else (*keys, i - start, at)
                     return _layer(
-                        weights, config, x, mask, rope, slot, cache is not None, tap, rows, want, spec, backend
+                        weights, config, x, mask, rope, slot, cache is not None, tap, taps.rows, want, spec, backend
                     )
 
             if remat:
@@ -408,6 +410,8 @@ def _layer(w: Layer, c, x, mask, rope, slot, extend, tap, rows, want, spec, back
     scale = c.head_dim**-0.5
     bias = _pad_keys(tap.key_bias, k.shape[1])
     out = attend(q, k, v, mask, scale=scale, key_bias=bias, backend=backend)
+    if "rows" in want or tap.perturb is not None:
+        rows = last_row(mask.q_order) if rows is None else constrain(rows, BATCH)
     if "rows" in want:
         picked = jnp.take_along_axis(q, rows[:, :, None, None], axis=1)
         probs = attention_rows(picked, k, mask.at(rows), scale=scale, key_bias=bias)
@@ -415,7 +419,8 @@ def _layer(w: Layer, c, x, mask, rope, slot, extend, tap, rows, want, spec, back
     if tap.mix is not None:
         out = _mix(out, v, mask.q_order, tap.mix)
     if tap.perturb is not None:
-        out = out.at[jnp.arange(out.shape[0])[:, None], rows].add(tap.perturb.astype(out.dtype))
+        perturb = constrain(tap.perturb.astype(out.dtype), ACT_BTNH)
+        out = jax.vmap(lambda x, at, p: x.at[at].add(p))(out, rows, perturb)
     x = x + einsum("BTNH,NHD->BTD", out, w.o_proj, out=ACT_BTD)
 
     h = rms_norm(x, w.mlp_norm, c.norm_eps)
@@ -435,8 +440,7 @@ def _mix(out, v, order, mix: Mix):
     seen = (order[:, :, None] > mix.last[:, None, :]) & (order < NEVER)[:, :, None]
     weight = jnp.where(seen, mix.alpha[:, None, :], 0.0)  # [B, T, I]
     added = jnp.einsum("BTI,BIKH->BTKH", weight, mean)
-    B, T, N, H = out.shape
-    added = jnp.repeat(added, N // v.shape[2], axis=2)
+    added = jnp.repeat(added, out.shape[2] // v.shape[2], axis=2, out_sharding=layout(ACT_BTNH))
     rest = 1.0 - mix.alpha.sum(axis=-1)[:, None, None, None]
     mixed = (rest * out + added) / (rest + weight.sum(axis=-1)[:, :, None, None])
     rows = seen.any(axis=-1) if mix.rows is None else mix.rows & seen.any(axis=-1)

@@ -12,7 +12,7 @@ from jax.tree_util import register_dataclass
 
 from jaxvqa.attention import NEVER
 from jaxvqa.decoder import Cache, Decoder, DecoderConfig, Stream, embed_tokens, finish, last_row, right_padded, run
-from jaxvqa.taps import Plugin, ReadSpec, Readouts, Taps
+from jaxvqa.taps import Plugin, Readouts, ReadSpec, Taps
 from jaxvqa.typing import Array, Bool, Float, Int
 
 

@@ -1,8 +1,9 @@
 """Where arrays live on a mesh: logical axis names, one table of rules, and the declaration of a tensor.
 
 A tensor is declared once, as `ArraySpec(shape, axes)`; from it come the abstract tree, the shardings and the random
-initialisation. Activations name their axes by layout (`einsum(..., out=ACT_BTD)`). Without a mesh in context
-(`jax.set_mesh`) every function here is the identity, so a single device runs the plain program.
+initialisation. Activations name their axes by layout (`einsum(..., out=ACT_BTD)`), and so does whatever else in
+`jax.numpy` takes an `out_sharding` (`jnp.zeros(..., out_sharding=layout(BATCH))`). Without a mesh in context
+(`jax.set_mesh`) a layout is None and `constrain` the identity, so a single device runs the plain program.
 """
 
 import math
@@ -25,9 +26,12 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
+    # The batch while words are looked up: `fsdp` splits the width of the table, which is not gathered.
+    "lookup": "data",
 }
 
-# Layouts of activations.
+# Layouts of activations; axes that are not named are whole.
+BATCH = ("batch",)
 ACT_BTD = ("batch", None, None)
 ACT_BTNH = ("batch", None, "heads", None)
 ACT_BTKH = ("batch", None, "kv_heads", None)
@@ -108,8 +112,7 @@ def shardings(specs, mesh: Mesh):
 
     def one(path, spec: ArraySpec):
         parts = partition(spec.axes)
-        for size, part in zip(spec.shape, parts, strict=True):
-            ways = math.prod(mesh.shape[m] for m in ((part,) if isinstance(part, str) else part or ()))
+        for size, part, ways in zip(spec.shape, parts, _ways(parts, mesh), strict=True):
             if size % ways:
                 faults.append(f"{jax.tree_util.keystr(path, simple=True, separator='.')}: {size} over {part} ({ways})")
         return NamedSharding(mesh, parts)
@@ -125,16 +128,33 @@ def active() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
+def layout(axes: Axes) -> PartitionSpec | None:
+    """The `out_sharding` of logical axes; None without a mesh."""
+    return partition(axes) if active() else None
+
+
 def constrain(x: Array, axes: Axes) -> Array:
-    """Lay `x` out by logical axes (identity without a mesh)."""
-    return jax.sharding.reshard(x, partition(axes)) if active() else x
+    """Lay `x` out by logical axes (identity without a mesh). Raises `JaxVQAError` if the mesh does not divide `x`."""
+    if not active():
+        return x
+    mesh = jax.sharding.get_abstract_mesh()
+    for name, size, ways in zip(axes, x.shape, _ways(partition(axes), mesh), strict=False):
+        if size % ways:
+            raise JaxVQAError(f"{name} of {size} does not split over {ways} devices (mesh {dict(mesh.shape)}): pad it")
+    return jax.sharding.reshard(x, partition(axes))
 
 
 def einsum(equation: str, *operands: Array, out: Axes, **kwargs) -> Array:
     """`jnp.einsum` whose result is laid out by the logical axes `out`."""
-    return jnp.einsum(equation, *operands, out_sharding=partition(out) if active() else None, **kwargs)
+    return jnp.einsum(equation, *operands, out_sharding=layout(out), **kwargs)
 
 
 def take(table: Array, ids: Array, out: Axes) -> Array:
-    """Rows of `table` [V, D] at `ids`; the result is laid out by the logical axes `out`."""
-    return table.at[ids].get(out_sharding=partition(out), mode="clip") if active() else table[ids]
+    """Rows of `table` [V, D] at `ids` (clipped to V); the result is laid out by the logical axes `out`."""
+    ids = constrain(ids, ("lookup",))
+    return constrain(table.at[ids].get(out_sharding=layout(("lookup", None, "embed")), mode="clip"), out)
+
+
+def _ways(parts: PartitionSpec, mesh) -> list[int]:
+    """How many ways each axis is split."""
+    return [math.prod(mesh.shape[m] for m in ((part,) if isinstance(part, str) else part or ())) for part in parts]

@@ -13,6 +13,7 @@ import jax
 from jax.tree_util import register_dataclass, register_static
 
 from jaxvqa.errors import JaxVQAError
+from jaxvqa.sharding import BATCH, constrain
 from jaxvqa.typing import Array, Bool, Float, Int
 
 READABLE = frozenset({"rows", "values", "keys", "hidden"})
@@ -67,13 +68,13 @@ class Edit:
         """The tap of one layer (a static or a traced index), without the leading axis."""
 
         def pick(x):
-            if x.shape[0] == 1:
-                return x[0]
-            return jax.lax.dynamic_index_in_dim(x, layer - self.start, keepdims=False)
+            x = x[0] if x.shape[0] == 1 else jax.lax.dynamic_index_in_dim(x, layer - self.start, keepdims=False)
+            return constrain(x, BATCH)
 
         tap, mix = self.tap, self.tap.mix
         if mix is not None:
-            mix = Mix(pick(mix.alpha), pick(mix.maps), mix.last, mix.rows)
+            rows = None if mix.rows is None else constrain(mix.rows, BATCH)
+            mix = Mix(pick(mix.alpha), pick(mix.maps), constrain(mix.last, BATCH), rows)
         optional = [None if x is None else pick(x) for x in (tap.key_bias, tap.perturb)]
         return Tap(optional[0], mix, optional[1])
 

@@ -9,7 +9,7 @@ from jax.tree_util import register_dataclass, register_static
 
 from jaxvqa.attention import attend
 from jaxvqa.errors import JaxVQAError
-from jaxvqa.sharding import ACT_BTD, ACT_BTF, ACT_BTNH, ArraySpec, constrain, einsum, stack
+from jaxvqa.sharding import ACT_BTD, ACT_BTF, ACT_BTNH, BATCH, ArraySpec, constrain, einsum, layout, stack
 from jaxvqa.typing import Array, Float
 
 
@@ -171,10 +171,11 @@ def encode(
     M = pixels.shape[0]
     if pixels.shape[1:] != (c.image_size, c.image_size, 3):
         raise JaxVQAError(f"pixels {pixels.shape}: expected [M, {c.image_size}, {c.image_size}, 3]")
-    patches = pixels.astype(params.patch_embed.dtype).reshape(M, rows, p, cols, p, 3)
-    patches = patches.transpose(0, 1, 3, 5, 2, 4).reshape(M, rows * cols, 3 * p * p)
-    x = einsum("BTC,CD->BTD", patches, params.patch_embed.reshape(3 * p * p, c.width), out=ACT_BTD)
-    first = constrain(jnp.broadcast_to(params.class_embed, (M, 1, c.width)), ACT_BTD)
+    pixels = constrain(pixels, BATCH).astype(params.patch_embed.dtype)
+    patches = jnp.reshape(pixels, (M, rows, p, cols, p, 3), out_sharding=layout(BATCH))
+    x = einsum("MhpwqC,CpqD->MhwD", patches, params.patch_embed, out=BATCH)
+    x = jnp.reshape(x, (M, rows * cols, c.width), out_sharding=layout(ACT_BTD))
+    first = jnp.broadcast_to(params.class_embed, (M, 1, c.width), out_sharding=layout(ACT_BTD))
     x = jnp.concatenate([first, x], axis=1) + constrain(params.position_embed, (None, None))
     x = layer_norm(x, params.pre_norm, c.norm_eps)
 
