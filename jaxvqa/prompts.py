@@ -1,0 +1,385 @@
+"""Prompts: chat templates, question endings, and where every phrase and image lies in the token sequence.
+
+A `Prompt` is a sequence of text pieces and image slots, each with a role; `tokenise` turns it into ids. Two ways of
+doing so exist in the wild and give different ids:
+
+* chunk-wise (original LLaVA): the text is split at the images and each chunk is tokenised on its own, so that with a
+  Llama tokenizer the chunk after an image starts with its own SentencePiece prefix space; BOS only on the first chunk;
+* joined (transformers' processors): the whole string is tokenised at once, the image marker being one added token.
+
+The template knows which of the two its published results used.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from jaxvqa.errors import JaxVQAError, UserError
+
+MARKER = "<image>"
+
+# ViCrop's own strings (relative attention divides by the map of the general question).
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+GENERAL_QUESTION = "Write a general description of the image."
+
+_SYSTEM = (
+    "A chat between a curious {who} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {who}'s questions."
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """How turns become one string.
+
+    `system` opens the prompt, `user` each question, `assistant` each answer; `answer_end` closes a past answer.
+    Images without a marker of their own go before the first question, each followed by `image_break`; with
+    `images_first` they precede `user` and are followed by one `image_break` in all.
+    `ending_break` is what separates the question from the `short` ending; `ending` is the ending used by default.
+    """
+
+    name: str
+    system: str
+    user: str = "USER: "
+    assistant: str = " ASSISTANT:"
+    answer_end: str = "</s>"
+    images_first: bool = False
+    image_break: str = "\n"
+    ending: str = "open"
+    ending_break: str = "\n"
+    joined: bool = False
+
+
+TEMPLATES = {
+    template.name: template
+    for template in (
+        Template("vicuna_v1", _SYSTEM.format(who="user") + " "),
+        Template("llava_v1", _SYSTEM.format(who="human") + " "),
+        Template(
+            "vicrop_hf",
+            system="",
+            assistant="\nASSISTANT:",
+            images_first=True,
+            ending="short",
+            ending_break=" ",
+            joined=True,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What an answer protocol adds: `before` + question + `after`, with one line of the form `option` per option."""
+
+    after: str = ""
+    before: str = ""
+    option: str = ""
+
+
+ENDINGS = {
+    "open": Ending(),
+    "short": Ending("\n" + SHORT_ANSWER),
+    "mcq_letter": Ending(
+        "\n{options}Answer with the option's letter from the given choices directly.", option="{letter}. {text}\n"
+    ),
+    # V*Bench: the same sentence after lines "(A) ...".
+    "mcq_letter_parens": Ending(
+        "\n{options}Answer with the option's letter from the given choices directly.", option="({letter}) {text}\n"
+    ),
+    "hrbench_letter": Ending("\n{options}Answer the option letter directly.", option="{letter}. {text}\n"),
+    "hrbench_official": Ending(
+        "\nOptions:\n{options}Please select the correct answer from the options above. \n",
+        before="Question: ",
+        option="{letter}. {text}\n",
+    ),
+    # The data set's options carry their own letters, "(A) ...".
+    "mme_realworld": Ending(
+        "\n{options}Select the best answer to the above multiple-choice question based on the image. Respond with only "
+        "the letter (A, B, C, D, or E) of the correct option.\nThe best answer is:",
+        option="{text}\n",
+    ),
+    "logits_match": Ending(),
+}
+
+
+@dataclass(frozen=True)
+class ImageSlot:
+    """The place of image number `index` (in the order in which the images are given)."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Text pieces and image slots in order, with one role per chunk.
+
+    Roles: "system", "template" (what the template writes), "user" (the question), "ending" (options and answer
+    instruction), "assistant" (answers of past turns) and "image".
+    """
+
+    chunks: tuple[str | ImageSlot, ...]
+    roles: tuple[str, ...]
+    joined: bool = False
+
+    @property
+    def text(self) -> str:
+        """The prompt as one string, images written as `<image>`; character ranges refer to it."""
+        return "".join(chunk if isinstance(chunk, str) else MARKER for chunk in self.chunks)
+
+    @property
+    def num_images(self) -> int:
+        return sum(isinstance(chunk, ImageSlot) for chunk in self.chunks)
+
+
+def render(
+    template: str | Template,
+    turns: str | Sequence[str],
+    num_images: int | None = None,
+    *,
+    ending: str | None = None,
+    options: Sequence[str] = (),
+) -> Prompt:
+    """The prompt that asks the last of `turns`.
+
+    turns: a question, or question, answer, question, ... ending with a question. A question may hold `<image>`
+        markers; the images then stand exactly there, in all turns together `num_images` of them.
+    num_images: how many images there are (default: the number of markers, or one).
+    ending: a name in `ENDINGS`, applied to the last question (default: the template's own).
+    options: the answer options, for the endings that list them.
+
+    Raises UserError for an empty question, an unknown template or ending, and counts that do not agree.
+    """
+    template = _named(template, TEMPLATES, "template") if isinstance(template, str) else template
+    ending = _named(template.ending if ending is None else ending, ENDINGS, "ending")
+    turns = [turns] if isinstance(turns, str) else list(turns)
+    if len(turns) % 2 == 0:
+        raise UserError(f"a conversation of {len(turns)} turns has no question to answer; end it with the user's turn")
+    for number, question in enumerate(turns[::2], 1):
+        if not question.replace(MARKER, "").strip():
+            raise UserError(f"question {number} is empty: {question!r}; ask something")
+
+    markers = sum(question.count(MARKER) for question in turns[::2])
+    num_images = (markers or 1) if num_images is None else num_images
+    if markers not in (0, num_images):
+        raise UserError(
+            f"the question has {markers} {MARKER} markers for {num_images} images; "
+            f"write one marker per image, or none to put the images first"
+        )
+
+    build = _Builder()
+    build.text(template.system, "system")
+    placed = 0 if markers else num_images
+    if template.images_first and placed:
+        build.images(placed)
+        build.text(template.image_break, "template")
+    for number, turn in enumerate(turns):
+        if number % 2:
+            build.text(" ", "template")
+            build.text(turn, "assistant")
+            build.text(template.answer_end, "template")
+            continue
+        build.text(template.user, "template")
+        if number == 0 and not template.images_first:
+            for _ in range(placed):
+                build.images(1)
+                build.text(template.image_break, "template")
+        if number == len(turns) - 1:
+            before, after = _expand(ending, options, template)
+            build.text(before, "ending")
+            build.user(turn)
+            build.text(after, "ending")
+        else:
+            build.user(turn)
+        build.text(template.assistant, "template")
+    return build.prompt(template.joined)
+
+
+class _Builder:
+    def __init__(self):
+        self.chunks, self.roles, self.count = [], [], 0
+
+    def text(self, text: str, role: str):
+        if text:
+            self.chunks.append(text)
+            self.roles.append(role)
+
+    def images(self, number: int):
+        for _ in range(number):
+            self.chunks.append(ImageSlot(self.count))
+            self.roles.append("image")
+            self.count += 1
+
+    def user(self, question: str):
+        for number, piece in enumerate(question.split(MARKER)):
+            self.images(min(number, 1))
+            self.text(piece, "user")
+
+    def prompt(self, joined: bool) -> Prompt:
+        return Prompt(tuple(self.chunks), tuple(self.roles), joined)
+
+
+def _named(name: str, table: dict, kind: str):
+    if name not in table:
+        raise UserError(f"unknown {kind} {name!r}; known: {', '.join(table)}")
+    return table[name]
+
+
+def _expand(ending: Ending, options: Sequence[str], template: Template) -> tuple[str, str]:
+    """What stands before and after the question."""
+    if bool(options) != bool(ending.option):
+        name = next(name for name, known in ENDINGS.items() if known == ending)
+        raise UserError(f"ending {name!r} {'needs options' if ending.option else 'lists no options'}; got {options!r}")
+    lines = "".join(ending.option.format(letter=chr(65 + i), text=text) for i, text in enumerate(options))
+    after = ending.after.replace("{options}", lines)
+    if ending == ENDINGS["short"]:
+        after = template.ending_break + SHORT_ANSWER
+    return ending.before, after
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens start..stop-1, all of one role."""
+
+    role: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenised prompt.
+
+    ids: int32 [T], image tokens included (`image_token_id` repeated).
+    offsets: int32 [T, 2], the characters of `text` that each token covers; empty for BOS and image tokens.
+    image_spans: (start, length) per image, in prompt order.
+    segments: runs of tokens of one role, in order, covering all T tokens. A token that straddles two roles has the
+        role of its last character ("▁What" after "USER: " is the user's).
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    image_spans: tuple[tuple[int, int], ...]
+    segments: tuple[Segment, ...]
+    text: str
+
+    @property
+    def last(self) -> int:
+        """The last prompt position: its logits predict the first answer token."""
+        return len(self.ids) - 1
+
+    def indices(self, *roles: str) -> np.ndarray:
+        """Token indices (int32) of the given roles, ascending."""
+        runs = [np.arange(s.start, s.stop, dtype=np.int32) for s in self.segments if s.role in roles]
+        return np.concatenate([np.zeros(0, np.int32), *runs])
+
+    def span(self, phrase: str | tuple[int, int], occurrence: int = 0) -> np.ndarray:
+        """Token indices (int32) that overlap a phrase of `text`, or a character range (start, stop) of it.
+
+        `occurrence` picks among several occurrences of a phrase (-1: the last). Raises UserError if there is none.
+        """
+        if isinstance(phrase, str):
+            found = [match.start() for match in re.finditer(f"(?={re.escape(phrase)})", self.text)] if phrase else []
+            if not -len(found) <= occurrence < len(found):
+                raise UserError(f"phrase {phrase!r} (occurrence {occurrence}) is not in the prompt {self.text!r}")
+            start = found[occurrence]
+            stop = start + len(phrase)
+        else:
+            start, stop = phrase
+            if not 0 <= start < stop <= len(self.text):
+                raise UserError(f"character range {start}..{stop} is outside the prompt of {len(self.text)} characters")
+        begin, end = self.offsets.T
+        # Empty ranges (BOS, image tokens) overlap nothing.
+        return np.flatnonzero((begin < stop) & (end > start) & (begin < end)).astype(np.int32)
+
+
+def tokenise(tokenizer, prompt: Prompt, image_token_id: int, image_tokens: int | Sequence[int]) -> Tokens:
+    """Token ids of a prompt, each image as `image_tokens` (one number, or one per image) copies of `image_token_id`.
+
+    tokenizer: a fast tokenizer of transformers (it must give offsets).
+    Raises JaxVQAError if the tokenizer does not know the marker `<image>` as `image_token_id` (joined templates),
+    UserError if the text itself contains that token or the number of images does not fit.
+    """
+    counts = [image_tokens] * prompt.num_images if isinstance(image_tokens, int) else list(image_tokens)
+    if len(counts) != prompt.num_images:
+        raise UserError(f"the prompt has {prompt.num_images} images, token counts are given for {len(counts)}")
+    ids, offsets = (_joined if prompt.joined else _chunkwise)(tokenizer, prompt, image_token_id)
+
+    slots = np.flatnonzero(ids == image_token_id)
+    repeats = np.ones(len(ids), np.int64)
+    repeats[slots] = counts
+    starts = np.cumsum(repeats) - repeats
+    spans = tuple((int(starts[slot]), count) for slot, count in zip(slots, counts, strict=True))
+    roles = np.repeat(_roles(prompt, offsets), repeats)
+    for start, length in spans:
+        roles[start : start + length] = "image"
+    return Tokens(
+        ids=np.repeat(ids, repeats).astype(np.int32),
+        offsets=np.repeat(offsets, repeats, axis=0).astype(np.int32),
+        image_spans=spans,
+        segments=_runs(roles),
+        text=prompt.text,
+    )
+
+
+def _encode(tokenizer, text: str, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+    return list(encoding["input_ids"]), [tuple(pair) for pair in encoding["offset_mapping"]]
+
+
+def _chunkwise(tokenizer, prompt: Prompt, image_token_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """One placeholder per image; each text between images tokenised alone, BOS only before the first."""
+    ids, offsets, position = [], [], 0
+    for number, chunk in enumerate(prompt.text.split(MARKER)):
+        if number:
+            ids.append(image_token_id)
+            offsets.append((position, position))
+            position += len(MARKER)
+        # The slow Llama tokenizer of LLaVA gives the text after "</s>" a prefix space of its own as well.
+        for piece_number, piece in enumerate(_after_stops(chunk, tokenizer.eos_token)):
+            new_ids, new_offsets = _encode(tokenizer, piece, special=number == piece_number == 0)
+            if image_token_id in new_ids:
+                raise UserError(f"the text {piece!r} contains the image token itself (id {image_token_id})")
+            ids += new_ids
+            offsets += [(start + position, stop + position) for start, stop in new_offsets]
+            position += len(piece)
+    return np.array(ids, np.int64), np.array(offsets, np.int64).reshape(-1, 2)
+
+
+def _after_stops(text: str, stop: str | None) -> list[str]:
+    """`text` cut after each stop token, nothing lost."""
+    if not stop or stop not in text:
+        return [text]
+    head, *tail = text.split(stop)
+    pieces = [head + stop, *(piece + stop for piece in tail[:-1]), tail[-1]]
+    return [piece for piece in pieces if piece]
+
+
+def _joined(tokenizer, prompt: Prompt, image_token_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """The whole string at once; the marker must be one added token."""
+    ids, offsets = _encode(tokenizer, prompt.text, special=True)
+    ids, offsets = np.array(ids, np.int64), np.array(offsets, np.int64).reshape(-1, 2)
+    found = int((ids == image_token_id).sum())
+    if found != prompt.num_images:
+        raise JaxVQAError(
+            f"the tokenizer finds {found} image tokens (id {image_token_id}) in a prompt with {prompt.num_images} "
+            f"images; it must know {MARKER!r} as one added token"
+        )
+    offsets[ids == image_token_id, 1] = offsets[ids == image_token_id, 0]
+    return ids, offsets
+
+
+def _roles(prompt: Prompt, offsets: np.ndarray) -> np.ndarray:
+    """The role of each token, by its last character; tokens without characters (BOS) belong to the template."""
+    lengths = [len(chunk) if isinstance(chunk, str) else len(MARKER) for chunk in prompt.chunks]
+    chunk = np.searchsorted(np.cumsum(lengths), offsets[:, 1] - 1, side="right")
+    roles = np.array([*prompt.roles, "template"], dtype=object)[np.minimum(chunk, len(prompt.roles))]
+    return np.where(offsets[:, 0] < offsets[:, 1], roles, "template")
+
+
+def _runs(roles: np.ndarray) -> tuple[Segment, ...]:
+    cuts = [0, *(np.flatnonzero(roles[1:] != roles[:-1]) + 1).tolist(), len(roles)]
+    return tuple(Segment(str(roles[a]), a, b) for a, b in pairwise(cuts) if a < b)
