@@ -1,0 +1,5 @@
+import sys
+
+from jaxvqa.cli import main
+
+sys.exit(main())

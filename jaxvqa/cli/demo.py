@@ -1,0 +1,206 @@
+"""Run the unmodified model and ViCrop side by side on bundled scenes: the main job, in a minute.
+
+The scenes are drawn on the spot from seeds that no training has seen. Each shows plates with a character that is too
+small to read when the scene is seen whole; ViCrop finds the plate by the model's own attention and crops to it.
+Writes a picture with heat map and boxes per question and one HTML page; prints where they are.
+
+Example: jaxvqa demo --out ./jaxvqa-demo --samples 8
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxvqa.cli.ask import summary
+from jaxvqa.cli.model import BUNDLED
+from jaxvqa.cli.output import box_text, error_text, mark, progress, shortened, table
+from jaxvqa.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxvqa.report.page import Entry
+    from jaxvqa.requests import Answer, Sample
+
+METHODS = ("vanilla", "vicrop")
+SEED = 20261120  # of the demo's scenes alone
+MAX_SAMPLES = 1000
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="jaxvqa-demo", metavar="DIR", help="folder to write; default: ./%(default)s")
+    parser.add_argument("--samples", type=int, default=8, metavar="N", help="questions to ask; default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    if not 1 <= args.samples <= MAX_SAMPLES:
+        raise UserError(f"--samples {args.samples}: expected 1 to {MAX_SAMPLES}")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    import jaxvqa
+
+    start = time.perf_counter()
+    progress(f"drawing {args.samples} scenes")
+    samples = held_out(args.samples)
+    progress("loading the bundled model")
+    vlm = jaxvqa.load(BUNDLED)
+    answers: dict[str, list[Answer]] = {}
+    for method in METHODS:
+        progress(f"asking {method} (the first answers wait for compilation)")
+        answers[method] = list(jaxvqa.ask_many(vlm, samples, method=method))
+    seconds = time.perf_counter() - start
+
+    pictures = write_pictures(out, samples, answers[METHODS[-1]])
+    page = write_page(out, vlm.name, samples, answers, seconds)
+    if args.json:
+        print(json.dumps(record(vlm.name, page, samples, answers, pictures)))
+    else:
+        print(f"{questions_table(samples, answers)}\n\n{methods_table(samples, answers)}")
+        print(f"\nPictures with heat map, crop and plate: {out}/*.png\nEverything on one page: {page}")
+    failed = [answer.error for method in METHODS for answer in answers[method] if answer.error is not None]
+    for error in failed:
+        progress(f"jaxvqa: a sample failed: {error_text(error)}")
+    return 1 if failed else 0
+
+
+def held_out(count: int) -> "list[Sample]":
+    """One reading question per scene, about a plate that has rivals of its colour and of its shape."""
+    from jaxvqa.requests import Sample
+    from jaxvqa.specks import scene
+    from jaxvqa.specks.questions import has_rivals, read_question
+
+    samples = []
+    for index in range(count):
+        drawn = scene(SEED, index)
+        question = read_question(next(plate for plate in drawn.plates if has_rivals(plate, drawn.plates)))
+        samples.append(
+            Sample((drawn.picture,), question.text, f"{index + 1:02d}", box=question.box, answer=question.answer)
+        )
+    return samples
+
+
+def right(answer: "Answer", sample: "Sample") -> bool:
+    """Whether the text is the character, whatever its case and a full stop."""
+    return answer.text.strip().rstrip(".").upper() == str(sample.answer).upper()
+
+
+def covers(box: Sequence[float], target: Sequence[float]) -> bool:
+    """Whether a box holds at least half of the target's area."""
+    width = min(box[2], target[2]) - max(box[0], target[0])
+    height = min(box[3], target[3]) - max(box[1], target[1])
+    return max(width, 0) * max(height, 0) >= (target[2] - target[0]) * (target[3] - target[1]) / 2
+
+
+def questions_table(samples: "Sequence[Sample]", answers: "dict[str, list[Answer]]") -> str:
+    """A line per question: the truth, each method's answer with its mark and passes, and where it looked."""
+    rows = []
+    for sample, *given in zip(samples, *answers.values(), strict=True):
+        cells = [f"{shortened(answer.text)} {mark(right(answer, sample))}" for answer in given]
+        boxes = "; ".join(box_text(box) for answer in given for box in answer.boxes.tolist())
+        passes = " / ".join(str(answer.forward_passes.total) for answer in given)
+        rows.append((sample.id, sample.question, sample.answer, *cells, boxes, passes))
+    return table(("", "question", "truth", *answers, "box", "passes"), rows)
+
+
+def methods_table(samples: "Sequence[Sample]", answers: "dict[str, list[Answer]]") -> str:
+    """A line per method: right answers, crops that hold the plate, passes per question."""
+    rows = []
+    for method, given in answers.items():
+        pairs = list(zip(given, samples, strict=True))
+        correct = sum(right(answer, sample) for answer, sample in pairs)
+        held = [
+            covers(answer.boxes[0].tolist(), sample.box) for answer, sample in pairs if sample.box and len(answer.boxes)
+        ]
+        passes = sum(answer.forward_passes.total for answer in given) / len(given)
+        rows.append(
+            (method, f"{correct} of {len(pairs)}", f"{sum(held)} of {len(held)}" if held else "", f"{passes:g}")
+        )
+    return table(("method", "right", "crop holds the plate", "passes per question"), rows)
+
+
+def write_pictures(out: Path, samples: "Sequence[Sample]", answers: "Sequence[Answer]") -> list[Path]:
+    """One PNG per sample: heat map, the crop (first colour) and the plate asked for (second)."""
+    paths = [out / f"{sample.id}.png" for sample in samples]
+    for path, sample, answer in zip(paths, samples, answers, strict=True):
+        _evidence(sample, answer).save(path)
+    return paths
+
+
+def write_page(
+    out: Path, model: str, samples: "Sequence[Sample]", answers: "dict[str, list[Answer]]", seconds: float
+) -> Path:
+    """The run as one HTML page; returns its path."""
+    import jax
+
+    from jaxvqa.report.page import render
+
+    device = jax.devices()[0]
+    facts = [
+        ("model", model),
+        ("questions", str(len(samples))),
+        ("device", device.device_kind),
+        ("time, compilation included", f"{seconds:.0f} s"),
+    ]
+    entries = [_entry(sample, given) for sample, *given in zip(samples, *answers.values(), strict=True)]
+    page = out / "index.html"
+    page.write_text(render("jaxvqa demo: the same model, before and after looking closer", facts, entries), "utf-8")
+    return page
+
+
+def record(
+    model: str, page: Path, samples: "Sequence[Sample]", answers: "dict[str, list[Answer]]", pictures: Sequence[Path]
+) -> dict[str, object]:
+    """What `--json` prints."""
+    return {
+        "model": model,
+        "page": str(page),
+        "right": {
+            method: sum(right(answer, sample) for answer, sample in zip(given, samples, strict=True))
+            for method, given in answers.items()
+        },
+        "samples": [
+            {
+                "id": sample.id,
+                "question": sample.question,
+                "answer": sample.answer,
+                "box": sample.box,
+                "picture": str(picture),
+                "methods": [summary(answer) | {"right": right(answer, sample)} for answer in given],
+            }
+            for sample, picture, *given in zip(samples, pictures, *answers.values(), strict=True)
+        ],
+    }
+
+
+def _entry(sample: "Sample", answers: "Sequence[Answer]") -> "Entry":
+    from jaxvqa.images import crop
+    from jaxvqa.report.page import Entry, Outcome
+
+    looked = answers[-1]
+    pictures = [
+        ("heat map of the search, the crop (cyan), the plate asked for (green)", _evidence(sample, looked)),
+        ("the scene", sample.image),
+    ]
+    if len(looked.boxes):
+        pictures.append(("the crop, shown to the model beside the scene", crop(sample.image, looked.boxes[0])))
+    outcomes = [
+        Outcome(
+            answer.method,
+            answer.text,
+            right(answer, sample),
+            answer.forward_passes.total,
+            tuple(map(tuple, answer.boxes.tolist())),
+            "" if answer.error is None else error_text(answer.error),
+        )
+        for answer in answers
+    ]
+    return Entry(f"Question {int(sample.id)}", sample.question, tuple(pictures), tuple(outcomes), sample.answer)
+
+
+def _evidence(sample: "Sample", answer: "Answer"):
+    from jaxvqa.images import overlay
+
+    return overlay(sample.image, answer.heatmap, [*answer.boxes.tolist(), sample.box])
