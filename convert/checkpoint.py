@@ -1,0 +1,171 @@
+"""A checkpoint opened for reading: its configuration, and its tensors under the table's names."""
+
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxvqa.convert import adapters, llava
+from jaxvqa.convert.errors import ConversionError
+from jaxvqa.convert.source import resolve
+from jaxvqa.convert.tables import Naming, read_params
+from jaxvqa.convert.tables import plan as plan_leaves
+from jaxvqa.convert.tensors import Tensor, folder_tensors
+from jaxvqa.models.llava import LlavaConfig
+
+ARCHITECTURES = ("LlavaForConditionalGeneration", "LlavaLlamaForCausalLM")
+"""What `open_checkpoint` reads: LLaVA-1.5 of transformers, and of the original code."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`tensors` are (name in the table, tensor); `faults` is what opening them has shown to be wrong.
+
+    `processor()` gives the folder from which transformers loads the processor.
+    """
+
+    folder: Path
+    hf_config: dict[str, Any]
+    config: LlavaConfig
+    tensors: list[tuple[str, Tensor]]
+    faults: list[str]
+    processor: Callable[[], Path]
+
+    def read(self, dtype: np.dtype | None = None, shardings: Any = None) -> Any:
+        """The parameters; raises `ConversionError` with every tensor that is unknown, missing, duplicate or misshapen.
+
+        These show in the headers, before any weight is read; NaN and infinite values are then found while reading.
+        """
+        specs = llava.specs(self.config)
+        planned, faults = plan_leaves(self.tensors, llava.TABLE, specs)
+        if faults := [*self.faults, *faults]:
+            raise ConversionError(
+                f"{self.folder}: the weights do not fit its config.json, {len(faults)} faults",
+                faults,
+                remedy="fetch the checkpoint again, or correct config.json if it belongs to other weights",
+            )
+        return read_params(planned, specs, dtype, shardings)
+
+
+def open_checkpoint(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    from_pickle: bool = False,
+    vision_tower: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | None = None,
+    command: str | None = None,
+) -> Checkpoint:
+    """Open an HF folder or hub id, an original LLaVA folder with its vision tower, or a LoRA adapter with its base.
+
+    For the arguments see `load` and `convert`. command: what a refusal of pickled weights names; by default the
+    conversion of this source with these arguments.
+    """
+    command = command or _pickle_command(source, revision, vision_tower, base)
+    folder = resolve(source, revision, offline, from_pickle, command)
+    if (folder / "adapter_config.json").exists():
+        options = adapters.read_options(folder)
+        below = base or options.base
+        if below is None:
+            raise ConversionError(
+                f"{folder}: an adapter whose config names no base model", remedy="name it with `base`"
+            )
+        opened = open_checkpoint(
+            below, offline=offline, from_pickle=from_pickle, vision_tower=vision_tower, command=command
+        )
+        naming = llava.ORIGINAL if llava.is_original(llava.read_config(opened.folder)) else llava.HF
+        tensors, faults = adapters.merge(folder, options, naming, opened.tensors, from_pickle, command)
+        return Checkpoint(folder, opened.hf_config, opened.config, tensors, [*opened.faults, *faults], opened.processor)
+    if base is not None:
+        raise ConversionError(f"{folder}: `base` is given, but this is no adapter (no adapter_config.json)")
+
+    hf = llava.read_config(folder)
+    _check_supported(folder, hf)
+    if not llava.is_original(hf):
+        if vision_tower is not None:
+            raise ConversionError(f"{folder}: `vision_tower` is given, but this checkpoint holds its own")
+        config = LlavaConfig.from_hf(hf)
+        raw, faults = folder_tensors(folder, from_pickle, command)
+        return Checkpoint(folder, hf, config, _named(raw, llava.HF, config), faults, lambda: folder)
+
+    tower = resolve(vision_tower or hf["mm_vision_tower"], None, offline, from_pickle, command)
+    hf = llava.assemble(hf, tower)
+    config = LlavaConfig.from_hf(hf)
+    raw, faults = folder_tensors(folder, from_pickle, command)
+    tensors = _named(raw, llava.ORIGINAL, config)
+    if not any(name.startswith("vision_tower.") for name, _ in tensors):
+        raw, more = folder_tensors(tower, from_pickle, command)
+        tensors, faults = tensors + _named(raw, llava.CLIP, config), faults + more
+    return Checkpoint(folder, hf, config, tensors, faults, lambda: _original_processor(folder, tower, config))
+
+
+def _pickle_command(source, revision, vision_tower, base) -> str:
+    options = {"--revision": revision, "--vision-tower": vision_tower, "--base": base}
+    given = [word for name, value in options.items() if value is not None for word in (name, os.fspath(value))]
+    return shlex.join(["jaxvqa", "convert", "--from-pickle", *given, os.fspath(source), "OUT"])
+
+
+def _named(raw: list[Tensor], naming: Naming, config: LlavaConfig) -> list[tuple[str, Tensor]]:
+    unread = dict(naming.unread) | (llava.TIED_HEAD if config.decoder.tied else {})
+    naming = Naming(naming.prefixes, unread)
+    return [(name, tensor) for tensor in raw if (name := naming.canonical(tensor.name)) is not None]
+
+
+def _check_supported(folder: Path, hf: dict[str, Any]) -> None:
+    found = hf.get("architectures") or [f"model_type {hf.get('model_type')!r}"]
+    known = any(a in ARCHITECTURES for a in found) or (not hf.get("architectures") and hf.get("model_type") == "llava")
+    if not known:
+        raise ConversionError(
+            f"{folder}/config.json: architecture {', '.join(map(str, found))} is not supported;"
+            f" supported: {', '.join(ARCHITECTURES)}"
+        )
+    if method := hf.get("quantization_config") or hf.get("text_config", {}).get("quantization_config"):
+        kind = method.get("quant_method", "unknown") if isinstance(method, dict) else method
+        raise ConversionError(
+            f"{folder}/config.json: a quantised checkpoint ({kind}); expected bf16, f16 or f32 weights",
+            remedy="load the checkpoint that it was made from",
+        )
+
+
+_TEMPORARY: list[tempfile.TemporaryDirectory[str]] = []  # processors made up below live as long as the process
+
+
+def _original_processor(folder: Path, tower: Path, config: LlavaConfig) -> Path:
+    """The processor of transformers' LLaVA for an original folder, which has only a tokenizer."""
+    from transformers import AutoTokenizer, LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (ImportError, OSError, ValueError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise ConversionError(f"{folder}: cannot load the tokenizer ({reason}); expected tokenizer.json") from e
+    tokenizer.add_tokens("<image>", special_tokens=True)
+    if (found := tokenizer.convert_tokens_to_ids("<image>")) != config.image_token_id:
+        raise ConversionError(
+            f"{folder}: the tokenizer has {found} tokens before <image>, expected {config.image_token_id} (vocab_size)"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    out = tempfile.TemporaryDirectory(prefix="jaxvqa-processor-")
+    _TEMPORARY.append(out)
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessorPil.from_pretrained(tower, local_files_only=True),
+        tokenizer=tokenizer,
+        patch_size=config.vision.patch_size,
+        vision_feature_select_strategy=config.select,
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    )
+    processor.save_pretrained(out.name)
+    processor.image_processor.save_pretrained(out.name)
+    if (folder / "generation_config.json").exists():
+        shutil.copy(folder / "generation_config.json", out.name)
+    return Path(out.name)
