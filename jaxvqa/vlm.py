@@ -110,11 +110,12 @@ class VLM(nnx.Module):
         """Tokens of the context: prompt and answer."""
         return self.config.decoder.max_length
 
-    @functools.cached_property
-    def yes_no_ids(self) -> tuple[int, int]:
-        """Token ids of "Yes" and "No" as the reply's first token."""
+    def reply_ids(self, text: str) -> list[int]:
+        """Tokens of `text` as a reply (after "ASSISTANT:", with the space that precedes it), and the end of text."""
         encode = functools.partial(self.tokenizer.encode, add_special_tokens=False)
-        return encode("Yes")[0], encode("No")[0]
+        before, whole = encode("ASSISTANT:"), encode(f"ASSISTANT: {text}")
+        ids = whole[len(before) :] if whole[: len(before)] == before else encode(text)
+        return [*ids, self.eos_ids[0]]
 
     def preprocess(self, image: Image.Image) -> tuple[np.ndarray, Geometry]:
         """Pixels for the encoder, f32 [E, E, 3], and where each image token looks."""

@@ -1,0 +1,459 @@
+"""Requests in, results out: many samples in flight, their requests in batches, every pass counted.
+
+The rules. One batch size per program and bucket, always padded, so that a row's bits do not depend on its companions;
+across batch sizes results agree to rounding. A batch leaves when it is full, or when nothing else can be done; inside
+it the order is (sample, request), never that of completion, so a run is deterministic. Random keys come from the
+sample's id and the request's number. What several requests need (an image's features) is computed once. Out of memory
+halves the batch of that program, and says so. An error is thrown into the generator whose request it belongs to; if
+the generator does not catch it, its answer says so, and nothing else stops.
+"""
+
+import math
+import time
+import warnings
+import weakref
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.errors import JaxRuntimeError
+from PIL import Image
+
+from jaxvqa import methods
+from jaxvqa.errors import UserError
+from jaxvqa.geometry import Geometry
+from jaxvqa.handlers import HANDLERS, LENGTHS, Work
+from jaxvqa.images import open_image
+from jaxvqa.requests import Answer, Asked, Cost, Passes, Reading, Request, Sample
+from jaxvqa.sharding import RULES
+from jaxvqa.vlm import VLM
+
+AHEAD = 4  # samples in flight, in batches: enough to fill batches of several kinds
+LOOK_AHEAD = 64  # samples begun after the oldest unfinished one, in batches: bounds the answers that wait their turn
+DEPTH = 2  # batches on the device: the host prepares one while the device works on the other
+
+
+@dataclass
+class Stats:
+    """Physical work of an engine so far: what really ran, padding included, shared work once."""
+
+    batches: Counter = field(default_factory=Counter)
+    """Batches by program."""
+    rows: Counter = field(default_factory=Counter)
+    """Rows by program that carried a request."""
+    padding: Counter = field(default_factory=Counter)
+    """Rows by program that carried none."""
+    flops: int = 0
+
+
+class Engine:
+    """Runs methods on one model or several.
+
+    models: a VLM, or VLMs by name; requests that name none go to the first.
+    batch_size: rows per batch, of every program (on a mesh, rounded up to a multiple of its batch axes).
+    lengths: token lengths to which prompts are padded, ascending; each is compiled once.
+    feature_bytes: device memory for image features kept for later requests.
+    in_flight_bytes: host memory for decoded images of samples in flight (at least one sample always is).
+    exif: "ignore" (as LLaVA does) or "apply" the orientation of image files.
+    """
+
+    def __init__(
+        self,
+        models: VLM | Mapping[str, VLM],
+        *,
+        batch_size: int = 8,
+        lengths: tuple[int, ...] = LENGTHS,
+        feature_bytes: int = 1 << 30,
+        in_flight_bytes: int = 2 << 30,
+        exif: str = "ignore",
+        seed: int = 0,
+    ):
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}; expected at least 1")
+        self.models = dict(models) if isinstance(models, Mapping) else {models.name: models}
+        if not self.models:
+            raise UserError("the engine was given no model")
+        # A mesh splits the batch: every size is a multiple of the ways.
+        self._ways = math.lcm(*(_ways(vlm) for vlm in self.models.values()))
+        self.batch_size = -(-batch_size // self._ways) * self._ways
+        self.lengths, self.exif, self.seed = lengths, exif, seed
+        self.in_flight_bytes = in_flight_bytes
+        self.shared = _Shared(feature_bytes)
+        self.stats = Stats()
+        self._sizes: dict[Hashable, int] = {}
+        self._preprocessed: dict[Hashable, _Preprocessed] = {}
+
+    @property
+    def default(self) -> VLM:
+        return next(iter(self.models.values()))
+
+    def model(self, name: str | None) -> tuple[str, VLM]:
+        """The model that a request names, and its name (None: the first)."""
+        name = next(iter(self.models)) if name is None else name
+        if name not in self.models:
+            raise methods.unknown("model", name, self.models)
+        return name, self.models[name]
+
+    def preprocessed(self, model: str, image: Image.Image) -> "_Preprocessed":
+        """An image as the model's encoder wants it; computed once while the same PIL image is alive."""
+        name = (id(image), model)
+        if name not in self._preprocessed:
+            pixels, geometry = self.models[model].preprocess(image)
+            digest = blake2b(pixels.tobytes(), digest_size=16).digest()
+            self._preprocessed[name] = _Preprocessed((model, digest), pixels, geometry)
+            weakref.finalize(image, self._preprocessed.pop, name, None)
+        return self._preprocessed[name]
+
+    def size(self, key: Hashable) -> int:
+        """Rows of a batch of the program `key`."""
+        return self._sizes.get(key, self.batch_size)
+
+    def shrink(self, key: Hashable) -> bool:
+        """Halve the batch of a program that ran out of memory; False when it cannot be smaller."""
+        size = self.size(key)
+        half = -(-size // (2 * self._ways)) * self._ways
+        if half < size:
+            self._sizes[key] = half
+            warnings.warn(f"out of memory: {key[0].name} now runs in batches of {half}, not {size}", stacklevel=2)
+        return half < size
+
+    def run(self, samples: Iterable[Sample], method: str | Callable = "vanilla", **options: Any) -> Iterator[Answer]:
+        """Answer samples, in their order. `method` and `options` as in `methods.resolve`."""
+        bound = methods.bind(methods.resolve(method, **options), self.default.facts)
+        return iter(_Run(self, samples, bound))
+
+
+def _ways(vlm: VLM) -> int:
+    """Over how many parts of its mesh a model splits a batch."""
+    return 1 if vlm.mesh is None else math.prod(vlm.mesh.shape[axis] for axis in RULES["batch"])
+
+
+class _Preprocessed(NamedTuple):
+    name: Hashable
+    """The same for images that the model cannot tell apart."""
+    pixels: np.ndarray
+    geometry: Geometry
+
+
+class _Shared:
+    """Results by name, bounded in bytes; the least recently used go first."""
+
+    def __init__(self, capacity: int):
+        self.capacity, self.bytes = capacity, 0
+        self.items: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def get(self, name: Hashable) -> Any:
+        if name in self.items:
+            self.items.move_to_end(name)
+        return self.items.get(name)
+
+    def put(self, name: Hashable, value: Any) -> None:
+        self.items[name] = value
+        self.bytes += _nbytes(value)
+        while self.bytes > self.capacity:
+            self.bytes -= _nbytes(self.items.popitem(last=False)[1])
+
+
+def _nbytes(value: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(value))
+
+
+@dataclass(eq=False)
+class _Job:
+    """One sample and where its generator stands."""
+
+    index: int
+    sample: Sample
+    generator: Any = None
+    started: float = field(default_factory=time.perf_counter)
+    bytes: int = 0
+    many: bool | None = None
+    """Whether the generator yielded a list, and gets one back; None before its first yield."""
+    pending: int = 0
+    results: dict[int, Any] = field(default_factory=dict)
+    asked: int = 0
+    last: int = 0
+    """Logical passes of the last yield."""
+    passes: Counter = field(default_factory=Counter)
+    images: set = field(default_factory=set)
+    tokens: int = 0
+    flops: int = 0
+    log: list[Asked] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Ticket:
+    """Work that waits for a batch, and whom to tell."""
+
+    order: tuple[int, int]
+    work: Work
+    done: Callable[[Any], None]
+    missing: int = 0
+
+
+class _Run:
+    """One run over samples; iterate for the answers."""
+
+    def __init__(self, engine: Engine, samples: Iterable[Sample], method: Callable):
+        self.engine, self.method = engine, method
+        self.source: Iterator | None = iter(samples)
+        self.begun = self.due = 0
+        self.jobs: dict[int, _Job] = {}
+        self.ready: deque[_Job] = deque()
+        self.waiting: dict[Hashable, list[_Ticket]] = {}
+        self.needed: dict[Hashable, list[_Ticket]] = {}
+        self.flying: deque[tuple[list[_Ticket], Callable[[], list]]] = deque()
+        self.answers: dict[int, Answer] = {}
+
+    def __iter__(self) -> Iterator[Answer]:
+        while True:
+            while self.due in self.answers:
+                self.due += 1
+                yield self.answers.pop(self.due - 1)
+            full = next((key for key, queue in self.waiting.items() if len(queue) >= self.engine.size(key)), None)
+            if full is not None and len(self.flying) < DEPTH:
+                self.dispatch(full)
+            elif self.ready:
+                self.resume(self.ready.popleft())
+            elif self.room():
+                self.begin()
+            elif self.flying:
+                self.land()
+            elif self.waiting:
+                self.dispatch(min(self.waiting, key=lambda key: min(ticket.order for ticket in self.waiting[key])))
+            else:
+                return
+
+    def room(self) -> bool:
+        """Whether another sample may begin."""
+        size, held = self.engine.batch_size, sum(job.bytes for job in self.jobs.values())
+        few = len(self.jobs) < AHEAD * size and self.begun - self.due < LOOK_AHEAD * size
+        return self.source is not None and (not self.jobs or (few and held < self.engine.in_flight_bytes))
+
+    def begin(self) -> None:
+        """Start the next sample's generator."""
+        try:
+            sample = next(self.source)
+        except StopIteration:
+            self.source = None
+            return
+        index, self.begun = self.begun, self.begun + 1
+        job = self.jobs[index] = _Job(index, sample)
+        try:
+            job.sample = self.opened(sample, index)
+            job.bytes = sum(image.width * image.height * 3 for image in job.sample.images)
+            job.generator = self.method(job.sample)
+            if not hasattr(job.generator, "send"):
+                name = methods.method_name(self.method)
+                raise UserError(f"method {name!r} is no generator function: it must yield requests")
+        except Exception as error:
+            self.finish(job, error=error)
+        else:
+            self.ready.append(job)
+
+    def opened(self, sample: Sample, index: int) -> Sample:
+        if not isinstance(sample, Sample):
+            raise UserError(f"sample {index} is a {type(sample).__name__}; expected jaxvqa.Sample(images, question)")
+        if not sample.question.strip():
+            raise UserError(f"sample {sample.id or index}: the question is empty; ask something")
+        images = tuple(open_image(image, exif=self.engine.exif) for image in sample.images)
+        return replace(sample, id=sample.id or str(index), images=images)
+
+    def resume(self, job: _Job) -> None:
+        """Give a generator its results, or the first error among them, and take its next requests."""
+        results = [job.results[number] for number in sorted(job.results)]
+        job.results = {}
+        error = next((result for result in results if isinstance(result, Exception)), None)
+        try:
+            if error is not None:
+                asked = job.generator.throw(error)
+            else:
+                asked = job.generator.send(None if job.many is None else results if job.many else results[0])
+        except StopIteration as stop:
+            self.finish(job, stop.value)
+            return
+        except Exception as raised:
+            self.finish(job, error=raised)
+            return
+        job.many = isinstance(asked, (list, tuple))
+        requests = asked if job.many else [asked]
+        job.pending, job.last = len(requests), 0
+        if not requests:
+            self.ready.append(job)
+        for request in requests:
+            self.submit(job, request)
+
+    def submit(self, job: _Job, request: Any) -> None:
+        """Make a request ready and queue it; what it needs first is queued before it."""
+        number, job.asked = job.asked, job.asked + 1
+
+        def done(result: Any) -> None:
+            job.results[number] = result
+            if not isinstance(result, Exception):
+                self.account(job, request, ticket.work, result)
+            if len(job.results) == job.pending:
+                self.ready.append(job)
+
+        ticket = _Ticket((job.index, number), None, done)
+        try:
+            if type(request) not in HANDLERS:
+                served = ", ".join(kind.__name__ for kind in HANDLERS)
+                raise UserError(f"this engine does not serve {type(request).__name__} requests; it serves {served}")
+            ticket.work = HANDLERS[type(request)].prepare(self.engine, request, (_hash(job.sample.id), number))
+        except Exception as error:
+            done(error)
+            return
+        for name, work in ticket.work.needs.items():
+            if (value := self.engine.shared.get(name)) is not None:
+                ticket.work.got[name] = value
+                continue
+            ticket.missing += 1
+            if name not in self.needed:
+                self.needed[name] = []
+                self.enqueue(_Ticket(ticket.order, work, lambda value, name=name: self.supply(name, value)))
+            self.needed[name].append(ticket)
+        if not ticket.missing:
+            self.enqueue(ticket)
+
+    def supply(self, name: Hashable, value: Any) -> None:
+        """Hand a shared result, or the error in its place, to all who wait for it."""
+        if not isinstance(value, Exception):
+            self.engine.shared.put(name, value)
+        for ticket in self.needed.pop(name):
+            ticket.work.got[name] = value
+            ticket.missing -= 1
+            if ticket.missing:
+                continue
+            error = next((got for got in ticket.work.got.values() if isinstance(got, Exception)), None)
+            self.enqueue(ticket) if error is None else ticket.done(error)
+
+    def enqueue(self, ticket: _Ticket) -> None:
+        self.waiting.setdefault(ticket.work.key, []).append(ticket)
+
+    def dispatch(self, key: Hashable) -> None:
+        """Send the first rows of a group to the device."""
+        queue, size = sorted(self.waiting.pop(key), key=lambda ticket: ticket.order), self.engine.size(key)
+        batch, rest = queue[:size], queue[size:]
+        if rest:
+            self.waiting[key] = rest
+        self.guard(batch, lambda: self.flying.append((batch, self.launch(key, batch, size))))
+
+    def launch(self, key: Hashable, batch: list[_Ticket], size: int) -> Callable[[], list]:
+        handler, stats = key[0], self.engine.stats
+        collect = handler.launch(self.engine, [ticket.work for ticket in batch], size)
+        stats.batches[handler.name] += 1
+        stats.rows[handler.name] += len(batch)
+        stats.padding[handler.name] += size - len(batch)
+        stats.flops += size * batch[0].work.padded_flops
+        return collect
+
+    def land(self) -> None:
+        """Wait for the oldest batch on the device, and deliver its results."""
+        batch, collect = self.flying.popleft()
+
+        def deliver():
+            for ticket, result in zip(batch, collect(), strict=True):
+                ticket.done(result)
+
+        self.guard(batch, deliver)
+
+    def guard(self, batch: list[_Ticket], act: Callable[[], None]) -> None:
+        """Act for a batch: out of memory requeues it at half the size, any other failure is each row's error."""
+        try:
+            act()
+        except Exception as error:
+            exhausted = isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+            if exhausted and self.engine.shrink(batch[0].work.key):
+                for ticket in batch:
+                    self.enqueue(ticket)
+            else:
+                for ticket in batch:
+                    ticket.done(error)
+
+    def account(self, job: _Job, request: Request, work: Work, result: Any) -> None:
+        """Count what one request cost its sample, and log it."""
+        tokens, flops = work.cost(result)
+        for name, need in work.needs.items():
+            if name not in job.images:
+                job.images.add(name)
+                flops += need.flops
+        job.passes[type(request).__name__] += request.passes
+        job.last += request.passes
+        job.tokens += tokens
+        job.flops += flops
+        job.log.append(Asked(type(request).__name__, work.text, _brief(result)))
+
+    def finish(self, job: _Job, answer: Any = None, error: Exception | None = None) -> None:
+        """File the answer of a generator that has returned or failed."""
+        if error is None and not isinstance(answer, Answer):
+            error = UserError(f"the method returned {type(answer).__name__}; expected jaxvqa.Answer(text, ...)")
+        if error is not None:
+            answer = Answer("", status="error", error=error)
+        total, final = sum(job.passes.values()), 0 if error is not None else job.last
+        model = self.engine.default
+        self.answers[job.index] = replace(
+            answer,
+            forward_passes=Passes(total - final, final),
+            cost=Cost(dict(job.passes), len(job.images), job.tokens, job.flops),
+            log=tuple(job.log),
+            seconds=time.perf_counter() - job.started,
+            sample=job.sample.id if isinstance(job.sample, Sample) else str(job.index),
+            method=methods.method_name(self.method),
+            options=methods.method_options(self.method),
+            model=model.name,
+            image_setup=model.image_setup,
+        )
+        del self.jobs[job.index]
+
+
+def ask(model: VLM, image: Any, question: str, method: str | Callable = "vanilla", **options: Any) -> Answer:
+    """Answer one question about an image (or a list of images).
+
+    Raises what went wrong, where `ask_many` records it; `JaxVQAError` for wrong input.
+    """
+    answer = next(Engine(model, batch_size=1).run([Sample(image, question)], method, **options))
+    if answer.error is not None:
+        raise answer.error
+    return answer
+
+
+def ask_many(
+    model: VLM | Mapping[str, VLM],
+    samples: Iterable[Sample],
+    method: str | Callable = "vanilla",
+    *,
+    batch_size: int = 8,
+    progress: bool | None = None,
+    **options: Any,
+) -> Iterator[Answer]:
+    """Answer many questions, in their order; a sample that fails gets an answer with status "error".
+
+    progress: show a bar on stderr; None shows it on a terminal once the run has taken some seconds.
+    """
+    from tqdm import tqdm
+
+    answers = Engine(model, batch_size=batch_size).run(samples, method, **options)
+    total = len(samples) if hasattr(samples, "__len__") else None
+    return iter(tqdm(answers, total=total, delay=3, unit="sample", disable=None if progress is None else not progress))
+
+
+def _hash(text: str) -> int:
+    """32 bits of a text, the same in every process."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=4).digest())
+
+
+def _brief(result: Any) -> str:
+    """A result in one short line of the log."""
+    if isinstance(result, Reading):
+        return ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(result.value))
+    if isinstance(result, np.ndarray):
+        return np.array2string(result, precision=4, threshold=16)
+    text = getattr(result, "text", None)
+    return text if isinstance(text, str) else str(result)[:200]
+
+
+__all__ = ["Engine", "Stats", "ask", "ask_many"]

@@ -1,0 +1,714 @@
+"""How each kind of request is served: made ready on the host, run on the device as one batch, read back.
+
+A handler has `prepare(engine, request, seed) -> Work` and `launch(engine, works, size) -> collect`, where `collect()`
+waits for the device and returns one result, or one exception, per work. Works of equal `key` share a batch: the key
+holds the handler, the model, the bucket and everything static. Adding a kind of request is adding a handler.
+
+The programs are jitted functions of (parameters, config, batch); they are compiled once per key and batch size.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import register_dataclass
+
+from jaxvqa import decoding
+from jaxvqa.attention import NEVER
+from jaxvqa.decoder import Cache
+from jaxvqa.decoding import Decoded, Output
+from jaxvqa.errors import JaxVQAError, UserError
+from jaxvqa.geometry import Geometry
+from jaxvqa.models import family_of
+from jaxvqa.prompts import Tokens
+from jaxvqa.requests import Call, Continue, Generate, Read, Reading, Reply, Request, Row, Score, YesNo
+from jaxvqa.sharding import CACHE_LBSKH, constrain
+from jaxvqa.taps import Readouts, ReadSpec, Taps
+from jaxvqa.typing import Array, Bool, Float, Int
+from jaxvqa.vlm import VLM
+
+LENGTHS = (*range(64, 1024, 64), *range(1024, 2048, 128), *range(2048, 4096, 256), *range(4096, 32769, 1024))
+"""Token lengths to which prompts are padded."""
+SHORT = tuple(2**n for n in range(16))
+"""Sizes to which small axes are padded: wanted rows, options, tokens of an option or a further turn."""
+
+
+@dataclass(eq=False)
+class Work:
+    """A request made ready."""
+
+    key: tuple[Any, ...]
+    """Works of one key share a batch; begins with the handler."""
+    data: Any
+    text: str = ""
+    """The prompt, for the log."""
+    needs: "dict[Hashable, Work]" = field(default_factory=dict)
+    """By content: what must be computed first, once for all who need it."""
+    got: dict[Hashable, Any] = field(default_factory=dict)
+    """The results of `needs`."""
+    flops: int = 0
+    """Of this row alone, without padding and before the first generated token."""
+    padded_flops: int = 0
+    """Of this row as it runs."""
+    cost: Callable[[Any], tuple[int, int]] = lambda result: (0, 0)
+    """Of a result: (generated tokens, FLOPs)."""
+
+
+def bucket(size: int, sizes: Sequence[int], what: str) -> int:
+    """The smallest of `sizes` (ascending) that holds `size`."""
+    for candidate in sizes:
+        if size <= candidate:
+            return candidate
+    raise UserError(f"{what} has {size} tokens, more than the longest bucket ({sizes[-1]}): shorten it")
+
+
+def padded(rows: Sequence[Any], size: int) -> list[Any]:
+    """`rows` and, behind them, copies of the last one: real values, so that padding can fail in no way of its own."""
+    return [*rows, *repeat(rows[-1], size - len(rows))]
+
+
+def stacked(trees: Sequence[Any]) -> Any:
+    """Trees of arrays, stacked leaf by leaf on the host."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def shapes(args: tuple[Any, ...]) -> tuple:
+    """What a program's compilation depends on in its array arguments."""
+    return jax.tree.structure(args), *((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(args))
+
+
+def arrays(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments of a reduction as NumPy arrays of 32 bits at most."""
+    return jax.tree.map(lambda x: np.asarray(x, jnp.result_type(x)), args)
+
+
+def right_pad(ids: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
+    return np.pad(np.asarray(ids, np.int32), (0, length - len(ids)))
+
+
+# --- programs ---------------------------------------------------------------------------------------------------------
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of one bucket, on their way to the device."""
+
+    ids: Int[Array, "B T"]
+    lengths: Int[Array, "B"]
+    features: tuple[tuple[Float[Array, "P D"], ...], ...]
+    """[B][I]: one array per image, as it lies on the device."""
+    image_starts: Int[Array, "B I"]
+    rows: Int[Array, "B R"]
+    wanted: Bool[Array, "B R"]
+
+
+def _split(tree):
+    """Arrays from the host, batch first, laid out over the mesh's batch axes (the identity without a mesh)."""
+    return jax.tree.map(lambda x: constrain(x, ("batch", *(None,) * (x.ndim - 1))), tree)
+
+
+@partial(jax.jit, static_argnames=("backend",))
+def _encode(params, config, pixels: Float[Array, "M E E 3"], *, backend) -> tuple[Float[Array, "P D"], ...]:
+    features = constrain(family_of(config).encode_images(params, config, pixels, backend=backend), (None, None, None))
+    return tuple(features[i] for i in range(len(pixels)))
+
+
+@partial(jax.jit, static_argnames=("capacity", "spec", "build", "reduce", "backend"))
+def _prefill(params, config, batch, plugins, taps_args, reduce_args, *, capacity, spec, build, reduce, backend):
+    """Run prompts. Returns the output, the edits for decoding, the reduced readouts, and whether each row is finite."""
+    images = jnp.stack([jnp.stack(row) for row in batch.features]) if batch.features[0] else None
+    batch, images, taps_args, reduce_args = _split((replace(batch, features=()), images, taps_args, reduce_args))
+    keys = batch.ids.shape[1]
+    row = Row(batch.image_starts, batch.lengths, batch.rows, batch.wanted, None, None, config.grid, keys)
+    taps = Taps(rows=batch.rows)
+    if build is not None:
+        taps = replace(_batch_second(jax.vmap(build)(row, *taps_args)), rows=batch.rows)
+    out = family_of(config).prefill(
+        params, config, batch.ids, batch.lengths, images,
+        capacity=capacity, taps=taps, spec=spec, plugins=plugins, backend=backend,
+    )  # fmt: skip
+    value = None
+    if reduce is not None:
+        seen = _split((jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), out.readouts), out.logits))
+        value = jax.vmap(reduce)(replace(row, readouts=seen[0], logits=seen[1]), *reduce_args)
+    # A pass that stopped early has no logits; of any other, bad hidden states show there.
+    finite = jnp.isfinite(out.logits).all(axis=1) if out.logits.shape[1] else jnp.isfinite(out.hidden).all(axis=(1, 2))
+    return out, taps.edits, value, finite
+
+
+def _batch_second(taps: Taps) -> Taps:
+    """Edits that a vmapped builder made have the batch first; a tap wants its layers first (`taps.Tap`)."""
+
+    def swap(x):
+        return None if x is None else jnp.moveaxis(x, 0, 1)
+
+    def one(edit):
+        tap, mix = edit.tap, edit.tap.mix
+        mix = None if mix is None else replace(mix, alpha=swap(mix.alpha), maps=swap(mix.maps))
+        return replace(edit, tap=replace(tap, key_bias=swap(tap.key_bias), perturb=swap(tap.perturb), mix=mix))
+
+    return Taps(tuple(one(edit) for edit in taps.edits))
+
+
+def _while_decoding(edits) -> Taps:
+    """The edits that hold for generated tokens too: every row mixes, and nothing is perturbed."""
+
+    def one(edit):
+        mix = None if edit.tap.mix is None else replace(edit.tap.mix, rows=None)
+        return replace(edit, tap=replace(edit.tap, mix=mix, perturb=None))
+
+    return Taps(tuple(one(edit) for edit in edits))
+
+
+@partial(jax.jit, static_argnames=("max_new_tokens", "eos_ids", "sampled", "backend"), donate_argnames=("cache",))
+def _decode(
+    params, config, cache, logits, plugins, edits, seeds, temperature, *, max_new_tokens, eos_ids, sampled, backend
+) -> Decoded:
+    """Generate. `seeds` int [B, 3]: the engine's seed, the sample's hash and the request's number make a row's key."""
+    keys = None
+    if sampled:
+        make = jax.vmap(lambda seed: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed[0]), seed[1]), seed[2]))
+        keys = make(_split(seeds))
+    return decoding.decode(
+        params.decoder,
+        config.decoder,
+        Output(logits, None, cache, Readouts(), plugins),
+        max_new_tokens=max_new_tokens,
+        eos_ids=eos_ids,
+        keys=keys,
+        temperature=temperature,
+        taps=_while_decoding(edits),
+        backend=backend,
+    )
+
+
+@partial(jax.jit, static_argnames=("backend",))
+def _score(params, config, output, ids, lengths, *, backend) -> Float[Array, "B C"]:
+    ids, lengths = _split((ids, lengths))
+    return decoding.score_options(params.decoder, config.decoder, output, ids, lengths, backend=backend)
+
+
+@partial(jax.jit, static_argnames=("yes", "no"))
+def _yes_no(logits, *, yes, no) -> Float[Array, "B"]:
+    return decoding.yes_no_confidence(logits, yes, no)
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Kept:
+    """One row of a cache (S slots, of which the first tokens are valid), and hidden states where it stopped."""
+
+    k: Float[Array, "L S K H"]
+    v: Float[Array, "L S K H"]
+    order: Int[Array, "S"]
+    hidden: Float[Array, "T D"] | None
+
+
+@jax.jit
+def _unstack(cache: Cache, hidden) -> tuple[Kept, ...]:
+    k, v = (constrain(x, (None, None, None, "kv_heads", None)) for x in (cache.k, cache.v))
+    order, rows = constrain(cache.order, (None, None)), range(cache.order.shape[0])
+    if hidden is None:
+        return tuple(Kept(k[:, i], v[:, i], order[i], None) for i in rows)
+    hidden = constrain(hidden, (None, None, None))
+    return tuple(Kept(k[:, i], v[:, i], order[i], hidden[i]) for i in rows)
+
+
+def _restack(kept: Sequence[Kept], lengths: Int[Array, "B"], capacity: int) -> Cache:
+    """Kept rows as one cache with room for `capacity` slots; tokens from `lengths` on are forgotten."""
+    k, v = (
+        constrain(jnp.stack(rows, axis=1), CACHE_LBSKH) for rows in zip(*((row.k, row.v) for row in kept), strict=True)
+    )
+    order = _split(jnp.stack([row.order for row in kept]))
+    order = jnp.where(order < lengths[:, None], order, NEVER)
+    slots = order.shape[1]
+    k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, capacity - slots), (0, 0), (0, 0))) for x in (k, v))
+    order = jnp.pad(order, ((0, 0), (0, capacity - slots)), constant_values=NEVER)
+    return Cache(k, v, order, jnp.int32(slots), lengths)
+
+
+@partial(jax.jit, static_argnames=("capacity", "backend"))
+def _extend(params, config, kept, cached, ids, lengths, *, capacity, backend) -> Output:
+    """Append tokens to kept rows, of which the first `cached` tokens hold."""
+    cached, ids, lengths = _split((cached, ids, lengths))
+    cache = _restack(kept, cached, capacity)
+    return decoding.extend(params.decoder, config.decoder, ids, lengths, cache, backend=backend)
+
+
+@partial(jax.jit, static_argnames=("layer", "capacity", "backend"))
+def _resume(params, config, kept, lengths, *, layer, capacity, backend) -> Output:
+    """Run the layers from `layer` on over kept hidden states, and join the two caches."""
+    lengths, hidden = _split((lengths, jnp.stack([row.hidden for row in kept])))
+    below = _restack(kept, lengths, capacity)
+    spec = ReadSpec(start=layer)
+    out = family_of(config).resume(params, config, hidden, lengths, spec, capacity=capacity, backend=backend)
+    cache = replace(out.cache, k=jnp.concatenate([below.k, out.cache.k]), v=jnp.concatenate([below.v, out.cache.v]))
+    return replace(out, cache=cache)
+
+
+# --- handlers ---------------------------------------------------------------------------------------------------------
+
+
+class Images:
+    """Features of one image; not a request, but what requests need."""
+
+    name = "images"
+
+    def work(self, model: str, vlm: VLM, pixels: np.ndarray) -> Work:
+        flops = family_of(vlm.config).image_flops(vlm.config)
+        return Work((self, model), pixels, flops=flops, padded_flops=flops)
+
+    def launch(self, engine, works, size):
+        _, vlm = engine.model(works[0].key[1])
+        pixels = np.stack(padded([work.data for work in works], size))
+        with vlm.on_mesh():
+            features = _encode(vlm.params, vlm.config, pixels, backend=vlm.attention)
+        return lambda: list(jax.block_until_ready(features)[: len(works)])
+
+
+IMAGES = Images()
+
+
+class Key(NamedTuple):
+    """What prompts share that run in one batch."""
+
+    handler: Any
+    model: str
+    length: int
+    """Tokens, padding included."""
+    images: int
+    rows: int
+    static: Any
+    args: tuple
+
+
+@dataclass(frozen=True, eq=False)
+class Prompted:
+    """The data of a work with a prompt."""
+
+    tokens: Tokens
+    geometries: tuple[Geometry, ...]
+    features: tuple[Hashable, ...]
+    """Names of the images' features, in prompt order."""
+    rows: np.ndarray
+    wanted: np.ndarray
+    args: tuple[Any, ...]
+    seed: tuple[int, int]
+    extra: Any = None
+    """What the handler itself wants to remember."""
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens.ids)
+
+
+class _PromptHandler:
+    """What requests with images and a prompt have in common."""
+
+    name: str
+
+    def work(
+        self, engine, request, seed, static: Hashable, *, which="last", args=(), room=0, layers=None, extra=None
+    ) -> Work:
+        """Make a prompt ready.
+
+        static: what else the program depends on. which: the wanted rows (`Read.rows`). room: tokens that the answer may
+        have. layers: how many run (None: all, and logits).
+        """
+        model, vlm = engine.model(request.model)
+        tokens = vlm.tokenise(request.prompt, len(request.images))
+        length = _bucket_of(engine, vlm, len(tokens.ids), room)
+        images = [engine.preprocessed(model, image) for image in request.images]
+        rows = wanted_rows(which, tokens)
+        wanted = np.arange(bucket(len(rows), SHORT, "the wanted rows")) < len(rows)
+        rows = np.pad(rows, (0, len(wanted) - len(rows)), mode="edge").astype(np.int32)
+        args = arrays(args)
+        flops, padded_flops = (_prefill_flops(vlm, count, layers) for count in (len(tokens.ids), length))
+        names, geometries = tuple(image.name for image in images), tuple(image.geometry for image in images)
+        return Work(
+            key=Key(self, model, length, len(images), len(rows), static, shapes(args)),
+            data=Prompted(tokens, geometries, names, rows, wanted, args, seed, extra),
+            text=tokens.text,
+            needs={image.name: IMAGES.work(model, vlm, image.pixels) for image in images},
+            flops=flops,
+            padded_flops=padded_flops,
+            cost=lambda result: (0, flops),
+        )
+
+    def prefill(self, engine, works, size, *, capacity=None, spec=ReadSpec(), build=None, reduce=None, plugins=()):
+        """Run a batch of prompts, padded to `size` rows; see `_prefill`."""
+        key, (_, vlm) = works[0].key, engine.model(works[0].key.model)
+        rows, config = padded([work.data for work in works], size), vlm.config
+        skip = config.image_tokens - config.grid[0] * config.grid[1]  # a class token before the cells
+        batch = Batch(
+            ids=np.stack([right_pad(row.tokens.ids, key.length) for row in rows]),
+            lengths=np.array([row.length for row in rows], np.int32),
+            features=tuple(tuple(work.got[name] for name in work.data.features) for work in padded(works, size)),
+            image_starts=np.array([[start + skip for start, _ in row.tokens.image_spans] for row in rows], np.int32),
+            rows=np.stack([row.rows for row in rows]),
+            wanted=np.stack([row.wanted for row in rows]),
+        )
+        args = stacked([row.args for row in rows])
+        with vlm.on_mesh():
+            result = _prefill(
+                vlm.params, config, batch, plugins, args if build else (), args if reduce else (),
+                capacity=capacity, spec=spec, build=build, reduce=reduce, backend=vlm.attention,
+            )  # fmt: skip
+        return vlm, result
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The static part of how an answer is generated."""
+
+    max_new_tokens: int
+    sampled: bool
+    temperature: float
+    keep: bool
+
+    @classmethod
+    def of(cls, request: Generate | Continue) -> "Sampling":
+        if request.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {request.max_new_tokens}; expected at least 1")
+        if request.temperature < 0:
+            raise UserError(f"temperature is {request.temperature}; expected 0 (greedy) or more")
+        return cls(request.max_new_tokens, request.temperature > 0, request.temperature, request.keep)
+
+
+def _generate(engine, model: str, size: int, output: Output, edits, sampling: Sampling, rows: "list[_Said]"):
+    """Decode after `output`; `rows` says what each row has already said."""
+    _, vlm = engine.model(model)
+    seeds = np.array(padded([(engine.seed, *row.seed) for row in rows], size), np.uint32)
+    with vlm.on_mesh():
+        decoded = _decode(
+            vlm.params, vlm.config, output.cache, output.logits, output.plugins, edits, seeds,
+            np.float32(sampling.temperature or 1.0),
+            max_new_tokens=sampling.max_new_tokens, eos_ids=vlm.eos_ids, sampled=sampling.sampled,
+            backend=vlm.attention,
+        )  # fmt: skip
+        kept = _unstack(decoded.cache, None) if sampling.keep else repeat(None)
+    answer = decoded.ids, decoded.count, decoded.finite
+
+    def collect():
+        ids, count, finite = jax.device_get(answer)
+        engine.stats.flops += size * _decode_flops(vlm, max(len(row.ids) for row in rows), int(count.max()) - 1)
+        return [
+            _reply(model, vlm, row, ids[i, : count[i]].tolist(), mine) if finite[i] else not_finite(vlm)
+            for i, (row, mine) in enumerate(zip(rows, kept, strict=False))
+        ]
+
+    return collect
+
+
+@dataclass(frozen=True, eq=False)
+class _Said:
+    """One row on its way into decoding: its tokens so far, its images, its seed and the strings that end its answer."""
+
+    ids: np.ndarray
+    images: int
+    seed: tuple[int, int]
+    stop: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Where a `Continue` goes on: the tokens so far, and the cache of all but perhaps the last of them."""
+
+    model: str
+    ids: np.ndarray
+    images: int
+    kept: Kept
+    cached: int
+    layer: int | None = None
+    """Where a reading stopped."""
+
+
+def _reply(model: str, vlm: VLM, row: _Said, ids: list[int], kept: Kept | None) -> Reply:
+    """A row's generated tokens as a reply, cut at the end of text and before the first stop string."""
+    cached = len(row.ids) + len(ids) - 1
+    ids = ids[:-1] if ids[-1] in vlm.eos_ids else ids
+    text = vlm.text(ids, row.stop)
+    if text != vlm.text(ids):
+        ids = ids[: next(n for n in range(len(ids)) if any(stop in vlm.text(ids[: n + 1]) for stop in row.stop))]
+    if kept is None:
+        return Reply(text, tuple(ids))
+    said = np.concatenate([row.ids, np.array(ids, np.int32)])
+    return Reply(text, tuple(ids), State(model, said, row.images, kept, min(cached, len(said))))
+
+
+class GenerateHandler(_PromptHandler):
+    name = "generate"
+
+    def prepare(self, engine, request: Generate, seed) -> Work:
+        sampling, room = Sampling.of(request), request.max_new_tokens
+        if request.keep and (request.taps or request.plugin):
+            raise UserError("keep=True does not go with taps or a plugin: a further turn would run without them")
+        static = (sampling, request.taps, _Same(request.plugin))
+        work = self.work(engine, request, seed, static, args=request.args, room=room, extra=request.stop)
+        return _answering(work, engine.model(request.model)[1], work.data.length, sampling)
+
+    def launch(self, engine, works, size):
+        key = works[0].key
+        sampling, build, plugin = key.static
+        plugins = () if plugin.value is None else (plugin.value,)
+        capacity = key.length + sampling.max_new_tokens
+        _, (out, edits, _, _) = self.prefill(engine, works, size, capacity=capacity, build=build, plugins=plugins)
+        rows = [_Said(d.tokens.ids, len(d.features), d.seed, d.extra) for d in (work.data for work in works)]
+        return _generate(engine, key.model, size, out, edits, sampling, rows)
+
+
+def _answering(work: Work, vlm: VLM, length: int, sampling: Sampling) -> Work:
+    """The work with the cost of an answer after `length` tokens: a step per token, the first being prefill's."""
+
+    def cost(reply):
+        steps = min(len(reply.ids), sampling.max_new_tokens - 1)  # the last step says that the text ends
+        return len(reply.ids), work.flops + _decode_flops(vlm, length, steps)
+
+    work.cost = cost
+    return work
+
+
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """Something compared by identity: only works with the very same plugin or function share a batch."""
+
+    value: Any
+
+    def __eq__(self, other):
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self):
+        return id(self.value)
+
+
+class ReadHandler(_PromptHandler):
+    name = "read"
+
+    def prepare(self, engine, request: Read, seed) -> Work:
+        num_layers, spec = engine.model(request.model)[1].config.decoder.num_layers, request.spec
+        if outside := [layer for layer in spec.layers if not 0 <= layer < num_layers]:
+            raise UserError(f"cannot read layers {outside}: the model has layers 0 to {num_layers - 1}")
+        if spec.layers and spec.stop is None:
+            spec = replace(spec, stop=spec.layers[-1] + 1)
+        if request.keep and spec.stop in (None, num_layers):
+            raise UserError(f"nothing is left to continue: the reading runs all {num_layers} layers; lower spec.stop")
+        layers = None if spec.stop == num_layers else spec.stop
+        static = (spec, request.reduce, request.keep)
+        return self.work(engine, request, seed, static, which=request.rows, args=request.args, layers=layers)
+
+    def launch(self, engine, works, size):
+        key = works[0].key
+        spec, reduce, keep = key.static
+        capacity = key.length if keep else None
+        vlm, (out, _, value, finite) = self.prefill(engine, works, size, capacity=capacity, spec=spec, reduce=reduce)
+        value, axis = (out.readouts, 1) if reduce is None else (value, 0)
+        with vlm.on_mesh():
+            kept = _unstack(out.cache, out.hidden) if keep else repeat(None)
+
+        def collect():
+            values, fine = jax.device_get((value, finite))
+
+            def reading(i, data, row):
+                state = row and State(key.model, data.tokens.ids, len(data.features), row, data.length, spec.stop)
+                return Reading(jax.tree.map(lambda x: np.take(x, i, axis), values), data.geometries, state)
+
+            return [
+                reading(i, work.data, row) if fine[i] else not_finite(vlm)
+                for i, (work, row) in enumerate(zip(works, kept, strict=False))
+            ]
+
+        return collect
+
+
+def wanted_rows(which: str | tuple[int, ...], tokens: Tokens) -> np.ndarray:
+    """Token positions that `Read.rows` names."""
+    if which == "last":
+        return np.array([tokens.last])
+    if which == "question":
+        return tokens.indices("user")
+    if isinstance(which, str):
+        return tokens.span(which)
+    rows = np.asarray(which, int)
+    if not rows.size or rows.min() < 0 or rows.max() > tokens.last:
+        raise UserError(f"rows {list(which)} are not positions of a prompt of {len(tokens.ids)} tokens")
+    return rows
+
+
+class ScoreHandler(_PromptHandler):
+    name = "score"
+
+    def prepare(self, engine, request: Score, seed) -> Work:
+        if not request.options:
+            raise UserError("nothing to score: give at least one option")
+        _, vlm = engine.model(request.model)
+        replies = [vlm.reply_ids(option) for option in request.options]
+        longest, total = max(map(len, replies)), sum(map(len, replies))
+        count, width = bucket(len(replies), SHORT, "the list of options"), bucket(longest, SHORT, "an option")
+        lengths = np.array([*map(len, replies), *repeat(0, count - len(replies))], np.int32)
+        ids = np.stack([right_pad(reply, width) for reply in [*replies, *repeat((), count - len(replies))]])
+        work = self.work(engine, request, seed, (count, width), room=longest, extra=(ids, lengths, len(replies)))
+        work.flops += family_of(vlm.config).flops(vlm.config, total, work.data.length + longest, logits=total)
+        work.cost = lambda scores: (0, work.flops)
+        return work
+
+    def launch(self, engine, works, size):
+        key = works[0].key
+        count, width = key.static
+        vlm, (out, _, _, finite) = self.prefill(engine, works, size, capacity=key.length + count * width)
+        ids, lengths, _ = stacked(padded([work.data.extra for work in works], size))
+        with vlm.on_mesh():
+            scores = _score(vlm.params, vlm.config, out, ids, lengths, backend=vlm.attention)
+
+        def collect():
+            values, fine = jax.device_get((scores, finite))
+            return [values[i, : work.data.extra[2]] if fine[i] else not_finite(vlm) for i, work in enumerate(works)]
+
+        return collect
+
+
+class YesNoHandler(_PromptHandler):
+    name = "yes_no"
+
+    def prepare(self, engine, request: YesNo, seed) -> Work:
+        return self.work(engine, request, seed, ())
+
+    def launch(self, engine, works, size):
+        vlm, (out, _, _, finite) = self.prefill(engine, works, size)
+        yes, no = (vlm.reply_ids(word)[0] for word in ("Yes", "No"))
+        with vlm.on_mesh():
+            confidence = _yes_no(out.logits, yes=yes, no=no)
+
+        def collect():
+            values, fine = jax.device_get((confidence, finite))
+            return [float(values[i]) if fine[i] else not_finite(vlm) for i in range(len(works))]
+
+        return collect
+
+
+class ContinueHandler:
+    name = "continue"
+
+    def prepare(self, engine, request: Continue, seed) -> Work:
+        state, sampling = request.of.state, Sampling.of(request)
+        if state is None:
+            raise UserError("cannot continue: the earlier request did not say keep=True")
+        if (state.layer is None) != (request.prompt is not None):
+            raise UserError("a reply is continued by a prompt (the whole conversation), a reading by none (its own)")
+        (_, vlm), slots = engine.model(state.model), state.kept.k.shape[1]
+        if request.prompt is None:
+            text, ids, common, width = "", state.ids, len(state.ids), 0
+            _bucket_of(engine, vlm, len(ids), request.max_new_tokens)
+            flops, padded_flops = (
+                _prefill_flops(vlm, n, None) - _prefill_flops(vlm, n, state.layer) for n in (len(ids), slots)
+            )
+        else:
+            tokens = vlm.tokenise(request.prompt, state.images)
+            text, ids = tokens.text, tokens.ids
+            _bucket_of(engine, vlm, len(ids), request.max_new_tokens)
+            common = _common(state.ids[: state.cached], ids)
+            if (ids[common:] == vlm.config.image_token_id).any():
+                raise UserError("the prompt does not begin as the conversation that it continues; ask it with Generate")
+            width = bucket(len(ids) - common, SHORT, "a further turn")
+            flops, padded_flops = (
+                family_of(vlm.config).flops(vlm.config, new, at + (new + 1) // 2)
+                for new, at in ((len(ids) - common, common), (width, slots))
+            )
+        work = Work(
+            key=(self, state.model, slots, width, state.layer, sampling),
+            data=(state, ids, common, _Said(ids, state.images, seed, request.stop)),
+            text=text,
+            flops=flops,
+            padded_flops=padded_flops,
+        )
+        return _answering(work, vlm, len(ids), sampling)
+
+    def launch(self, engine, works, size):
+        _, model, slots, width, layer, sampling = works[0].key
+        (_, vlm), rows = engine.model(model), padded([work.data for work in works], size)
+        kept = tuple(state.kept for state, *_ in rows)
+        common = np.array([common for _, _, common, _ in rows], np.int32)
+        static = dict(capacity=slots + width + sampling.max_new_tokens, backend=vlm.attention)
+        with vlm.on_mesh():
+            if width:
+                new = np.stack([right_pad(ids[start:], width) for _, ids, start, _ in rows])
+                lengths = np.array([len(ids) - start for _, ids, start, _ in rows], np.int32)
+                out = _extend(vlm.params, vlm.config, kept, common, new, lengths, **static)
+            else:
+                out = _resume(vlm.params, vlm.config, kept, common, layer=layer, **static)
+        return _generate(engine, model, size, out, (), sampling, [work.data[3] for work in works])
+
+
+def _common(cached: np.ndarray, ids: np.ndarray) -> int:
+    """Tokens of `ids` that the cache holds already; at least the last one is left to run."""
+    size = min(len(cached), len(ids) - 1)
+    differ = np.flatnonzero(cached[:size] != ids[:size])
+    return int(differ[0]) if len(differ) else size
+
+
+class CallHandler:
+    """The user's functions, on the host, one after the other."""
+
+    name = "call"
+
+    def prepare(self, engine, request: Call, seed) -> Work:
+        name = getattr(request.function, "__name__", type(request.function).__name__)
+        return Work((self, _Same(request.function)), request.args, text=name)
+
+    def launch(self, engine, works, size):
+        function = works[0].key[1].value
+
+        def call(args):
+            try:
+                return function(*args)
+            except Exception as error:
+                return error
+
+        return lambda: [call(work.data) for work in works]
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _bucket_of(engine, vlm: VLM, count: int, room: int) -> int:
+    """The padded length of a prompt of `count` tokens; UserError if it and the answer do not fit the context."""
+    if count + room > vlm.max_length:
+        raise UserError(
+            f"the prompt has {count} tokens and the answer may have {room}; together they exceed the context length "
+            f"{vlm.max_length} of {vlm.name}: shorten the question, give fewer images or lower max_new_tokens"
+        )
+    return min(bucket(count, engine.lengths, "the prompt"), vlm.max_length)
+
+
+def not_finite(vlm: VLM) -> JaxVQAError:
+    return JaxVQAError(f"{vlm.name}: the logits are not finite; check the weights, or load them with dtype='float32'")
+
+
+def _prefill_flops(vlm: VLM, tokens: int, layers: int | None) -> int:
+    """FLOPs of a causal prefill of the first `layers` layers (None: all, and one row of logits)."""
+    config, flops = vlm.config, family_of(vlm.config).flops
+    if layers is None:
+        return flops(config, tokens, (tokens + 1) // 2)
+    part = replace(config, decoder=replace(config.decoder, num_layers=layers))
+    return flops(part, tokens, (tokens + 1) // 2, logits=0)
+
+
+def _decode_flops(vlm: VLM, length: int, tokens: int) -> int:
+    """FLOPs of `tokens` decode steps after `length` tokens."""
+    return family_of(vlm.config).flops(vlm.config, tokens, length + tokens // 2, logits=tokens)
+
+
+HANDLERS: dict[type[Request], Any] = {
+    Generate: GenerateHandler(),
+    Read: ReadHandler(),
+    Score: ScoreHandler(),
+    YesNo: YesNoHandler(),
+    Continue: ContinueHandler(),
+    Call: CallHandler(),
+}
+"""By kind of request. To serve another kind, add its handler here."""

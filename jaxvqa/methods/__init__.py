@@ -1,0 +1,138 @@
+"""Methods by name: what there is, how one is configured, and the presets that belong to a model.
+
+A method is any callable that takes a `requests.Sample` and returns a generator of requests. Ours are frozen dataclasses
+of options whose `__call__` is that generator; a user's plain generator function serves as well. Packages add methods
+through the entry point group `jaxvqa.methods`: a name, and such a dataclass.
+"""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+from collections.abc import Callable, Iterable
+from importlib.metadata import entry_points
+from typing import Any, NamedTuple
+
+from jaxvqa.errors import UserError
+
+GROUP = "jaxvqa.methods"
+
+BUILTIN = {
+    "vanilla": "jaxvqa.methods.vanilla:Vanilla",
+    "vicrop": "jaxvqa.methods.vicrop:Vicrop",
+    "random_crop": "jaxvqa.methods.controls:RandomCrop",
+    "truth_crop": "jaxvqa.methods.controls:TruthCrop",
+}
+
+PRESETS: dict[tuple[str, str], dict[str, Any]] = {}
+"""(method, model name) -> options, where a model wants other values than the method's rule gives."""
+
+
+class Facts(NamedTuple):
+    """What a method may know of the model that it runs on; `None` in its options is filled in from this."""
+
+    name: str
+    num_layers: int
+    """Decoder layers."""
+    image_side: int
+    """Pixels of the image encoder's square input."""
+    grid: tuple[int, int]
+    """Token rows and columns of an image."""
+    template: str
+    """Name of the prompt template that the model was trained with."""
+
+
+def names() -> list[str]:
+    """All known methods: ours, then those of installed packages."""
+    return [*BUILTIN, *sorted(set(_plugins()) - set(BUILTIN))]
+
+
+def get(name: str) -> type:
+    """The options class of a method by its name; UserError with the close matches otherwise."""
+    if name in BUILTIN:
+        module, _, attribute = BUILTIN[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    if name in _plugins():
+        return _plugins()[name].load()
+    raise unknown("method", name, names())
+
+
+def resolve(method: str | Callable, **options: Any) -> Callable:
+    """A method from its name and options, or as given.
+
+    method: a name, a configured method (`Vicrop(layer=12)`), an options class, or a user's generator function.
+    Raises UserError for an unknown name or option, and for options beside something already configured.
+    """
+    if isinstance(method, str):
+        method = get(method)
+    if not isinstance(method, type):
+        if not callable(method):
+            raise UserError(f"method is {method!r}: expected a name ({', '.join(names())}) or a generator function")
+        if not options:
+            return method
+        if dataclasses.is_dataclass(method):
+            raise UserError(f"options {sorted(options)} beside a configured method: put them into {method!r}")
+        return functools.partial(method, **options)
+    if not dataclasses.is_dataclass(method):
+        raise UserError(f"method class {method.__name__} is no dataclass of options; give an instance of it")
+    known = [field.name for field in dataclasses.fields(method) if field.init]
+    for option in options:
+        if option not in known:
+            raise unknown("option", option, known, of=f"method {method.__name__}")
+    return method(**options)
+
+
+def bind(method: Callable, facts: Facts) -> Callable:
+    """The method with every option that depends on the model resolved: its `bind(facts, preset)`, where it has one."""
+    if not hasattr(method, "bind"):
+        return method
+    return method.bind(facts, PRESETS.get((method_name(method), facts.name), {}))
+
+
+def method_name(method: Callable) -> str:
+    """The name under which a method is recorded."""
+    if isinstance(method, functools.partial):
+        return method_name(method.func)
+    return getattr(method, "name", None) or getattr(method, "__name__", type(method).__name__)
+
+
+def method_options(method: Callable) -> dict[str, Any]:
+    """The full configuration of a method."""
+    if isinstance(method, functools.partial):
+        return dict(method.keywords)
+    if not dataclasses.is_dataclass(method):
+        return {}
+    return {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+
+
+def fill(options: Any, **values: Any) -> Any:
+    """A copy of a dataclass of options with those that are None replaced by `values`."""
+    return dataclasses.replace(options, **{k: v for k, v in values.items() if getattr(options, k) is None})
+
+
+def scaled_layer(layer: int, of: int, num_layers: int) -> int:
+    """The layer at the same relative depth: `layer` of `of` layers, in a model of `num_layers`, rounded half up."""
+    return min((2 * layer * num_layers + of) // (2 * of), num_layers - 1)
+
+
+def unknown(kind: str, name: str, known: Iterable[str], of: str = "") -> UserError:
+    """The error for a name that is not among `known`: the close matches, and all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    return UserError(f"unknown {kind} {name!r}{f' of {of}' if of else ''}{hint} (known: {', '.join(known) or 'none'})")
+
+
+@functools.cache
+def _plugins() -> dict[str, Any]:
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+_CLASSES = {target.partition(":")[2]: name for name, target in BUILTIN.items()}
+
+
+def __getattr__(attribute: str) -> Any:
+    """`jaxvqa.methods.Vicrop` without importing jax for the names alone."""
+    if attribute in _CLASSES:
+        return get(_CLASSES[attribute])
+    raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")

@@ -1,0 +1,31 @@
+"""The unmodified model: the question about the image as it is, answered once."""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from jaxvqa.methods import Facts, fill
+from jaxvqa.prompts import render
+from jaxvqa.requests import Answer, Generate, Sample
+
+
+@dataclass(frozen=True)
+class Vanilla:
+    """The unmodified model: one answer from the image as it is."""
+
+    name: ClassVar[str] = "vanilla"
+
+    template: str | None = None
+    """Prompt template; None is the model's own."""
+    ending: str = "short"
+    """What follows the question (`prompts.ENDINGS`)."""
+    max_new_tokens: int = 64
+    """Tokens that the answer may have."""
+
+    def bind(self, facts: Facts, preset: dict[str, Any]) -> "Vanilla":
+        return fill(fill(self, **preset), template=facts.template)
+
+    def __call__(self, sample: Sample) -> Generator[Any, Any, Answer]:
+        prompt = render(self.template, sample.question, num_images=len(sample.images), ending=self.ending)
+        reply = yield Generate(sample.images, prompt, max_new_tokens=self.max_new_tokens)
+        return Answer(reply.text)

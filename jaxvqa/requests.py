@@ -1,0 +1,308 @@
+"""What a method may ask of the engine, what it is given, and what it returns.
+
+A method is a generator over one `Sample`: it yields a request, or a list of them, receives the result, or a list of
+them, and returns an `Answer`. It knows nothing of batches, devices or compilation.
+
+    def look(sample):
+        reply = yield Generate(sample.images, render("vicuna_v1", sample.question, num_images=len(sample.images)))
+        return Answer(reply.text)
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import numpy as np
+from jax.tree_util import register_dataclass
+from PIL import Image
+
+from jaxvqa.errors import UserError
+from jaxvqa.prompts import Prompt
+from jaxvqa.taps import Plugin, Readouts, ReadSpec
+from jaxvqa.typing import Array, Bool, Float, Int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question with its images. `box` and `answer` are the ground truth: only controls may look at them."""
+
+    images: tuple[Any, ...]
+    """What `images.open_image` accepts, one or several; a method receives them opened (RGB)."""
+    question: str
+    id: str = ""
+    """Names the sample in records and seeds its random keys; its place in the run where empty."""
+    options: tuple[str, ...] = ()
+    """The options of a multiple choice."""
+    box: tuple[float, float, float, float] | None = None
+    """Box of what is asked for, xyxy in pixels of the first image."""
+    answer: str | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "images", as_tuple(self.images))
+        object.__setattr__(self, "options", tuple(self.options))
+
+    @property
+    def image(self) -> Any:
+        return self.images[0]
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Row:
+    """What a reduction (`Read.reduce`) or a builder of taps (`Generate.taps`) sees of its sample, on the device."""
+
+    image_starts: Int[Array, "I"]
+    """Position of the first cell of each image."""
+    length: Int[Array, ""]
+    """Tokens of the prompt."""
+    rows: Int[Array, "R"]
+    """Positions of the wanted rows; the count is padded by repeating the last."""
+    wanted: Bool[Array, "R"]
+    """Which of `rows` were asked for, which are padding."""
+    readouts: Readouts | None
+    """Leaves without the batch axis: rows [C, R, S] or [C, N, R, S], values and keys [C, S, K, H], hidden [C, T, D].
+    None before the forward pass (for a builder of taps)."""
+    logits: Float[Array, "V"] | None
+    """After the last token; None before the forward pass."""
+    grid: tuple[int, int] = field(metadata={"static": True})
+    """Token rows and columns of an image."""
+    keys: int = field(metadata={"static": True})
+    """Length S of a key axis that covers the prompt and the answer."""
+
+    def on_image(self, x: Float[Array, "*A S"], image: int = 0) -> Float[Array, "*A h w"]:
+        """The part of a key axis (the last) that lies on one image, on its token grid."""
+        h, w = self.grid
+        cells = jax.lax.dynamic_slice_in_dim(x, self.image_starts[image], h * w, axis=-1)
+        return cells.reshape(*x.shape[:-1], h, w)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A question to a model. Positional fields are `images` and `prompt`; `model` names one of the engine's models."""
+
+    passes: ClassVar[int] = 1
+    """Logical forward passes, as the papers count them: one call of `generate` or `forward` is one."""
+
+    model: str | None = None
+    """None is the engine's first."""
+
+
+@dataclass(frozen=True)
+class _Prompted(Request):
+    images: tuple[Image.Image, ...]
+    """One image or several, in prompt order."""
+    prompt: Prompt | str
+    """Rendered prompt (`prompts.render`), or its text with one `<image>` per image."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "images", as_tuple(self.images))
+
+
+@dataclass(frozen=True)
+class Generate(_Prompted):
+    """Answer a prompt. Result: `Reply`."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    """0 is greedy; above, sampled with a key made of sample id and request index."""
+    stop: tuple[str, ...] = ()
+    """The reply ends before the first of these strings."""
+    keep: bool = False
+    """Keep the cache, so that `Continue` can go on from this reply."""
+    taps: Callable | None = None
+    """Module-level function `taps(row, *args) -> Taps` of this sample alone (no batch axis), run on the device."""
+    args: tuple[Any, ...] = ()
+    """Arrays for `taps`."""
+    plugin: Plugin | None = None
+
+
+@dataclass(frozen=True)
+class Read(_Prompted):
+    """Read from inside one forward pass; layers above the highest that is read are not run. Result: `Reading`."""
+
+    spec: ReadSpec
+    rows: str | tuple[int, ...] = "last"
+    """Query rows: "last" (the last prompt token), "question" (all tokens of the user's text), any other string (a
+    phrase of the prompt: its tokens) or token positions."""
+    reduce: Callable | None = None
+    """Module-level function `reduce(row: Row, *args) -> arrays`, run on the device; None returns the `Readouts`."""
+    args: tuple[Any, ...] = ()
+    """Arrays for `reduce`."""
+    keep: bool = False
+    """Keep what was computed, so that `Continue` can go on from the layer where this pass stopped."""
+
+
+@dataclass(frozen=True)
+class Score(_Prompted):
+    """Score each option as the reply: mean log-likelihood over its tokens and the end of text. Result: f32 [C]."""
+
+    options: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class YesNo(_Prompted):
+    """Confidence c = tanh((l_yes − l_no) / 2) in [−1, 1] from one forward pass. Result: float."""
+
+
+@dataclass(frozen=True)
+class Continue(Request):
+    """A further turn after a kept `Reply`, or on from the layer at which a kept `Reading` stopped. Result: `Reply`.
+
+    After a reply, `prompt` is the whole conversation with the new question at its end (`prompts.render` of question,
+    answer, question); only what the cache does not hold yet is run, so the result is that of the whole prompt. On from
+    a reading there is no prompt: its own goes through the remaining layers, and is answered.
+    """
+
+    of: "Reply | Reading"
+    prompt: Prompt | str | None = None
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    stop: tuple[str, ...] = ()
+    keep: bool = False
+
+
+@dataclass(frozen=True)
+class Call(Request):
+    """Call a function of the user's (a detector, a judge) with `args`. Result: what it returns."""
+
+    passes: ClassVar[int] = 0
+
+    function: Callable
+    args: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Gradient(_Prompted):
+    """Gradient of the log-probability of the most likely next token, with respect to `wrt` at `layers`."""
+
+    wrt: str
+    """"attention" or "pixels"."""
+    layers: tuple[int, ...] = ()
+    reduce: Callable | None = None
+    args: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Match(_Prompted):
+    """How well a text matches an image, by an image-text model."""
+
+
+@dataclass(frozen=True)
+class Embed(_Prompted):
+    """Embedding of an image or a text."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model said."""
+
+    text: str
+    ids: tuple[int, ...]
+    """Generated tokens, without the end of text."""
+    state: Any = field(default=None, repr=False, compare=False)
+    """The engine's own, where the request said `keep`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What was read, as NumPy arrays."""
+
+    value: Any
+    """What the reduction returned, or `Readouts` without the batch axis."""
+    geometries: tuple[Any, ...]
+    """One `Geometry` per image of the request."""
+    state: Any = field(default=None, repr=False)
+
+
+class Passes(NamedTuple):
+    """Logical forward passes of one sample. The final answer is what the method's last yield asked for."""
+
+    search: int = 0
+    final: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.search + self.final
+
+
+NO_PASSES = Passes()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one sample cost, counted by the engine: logical, as if it had been run alone and nothing were shared."""
+
+    passes: dict[str, int] = field(default_factory=dict)
+    """Forward passes by kind of request."""
+    images: int = 0
+    """Image encodings."""
+    tokens: int = 0
+    """Generated tokens."""
+    flops: int = 0
+    """Analytic floating-point operations."""
+
+
+class Asked(NamedTuple):
+    """One request of a sample's log: its kind, its prompt and what came back, in short."""
+
+    kind: str
+    prompt: str
+    result: str
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a method returns. The engine fills in everything from `forward_passes` on."""
+
+    text: str
+    boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))
+    """[n, 4] xyxy, half-open, in pixels of the first image as given."""
+    heatmap: np.ndarray | None = None
+    """f32 [H', W'] in image coordinates: it covers the whole first image, at any resolution of the same shape."""
+    grid: np.ndarray | None = None
+    """f32 [h, w]: the heat map on the token grid."""
+    status: str = "ok"
+    """"ok", "error", or what a method has to say of its search (for example "nothing found")."""
+
+    forward_passes: Passes = NO_PASSES
+    cost: Cost = field(default_factory=Cost)
+    log: tuple[Asked, ...] = ()
+    seconds: float = 0.0
+    """From the sample's start to its answer; in a batch its neighbours' work is in it."""
+    sample: str = ""
+    method: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The full configuration of the method, presets resolved."""
+    model: str = ""
+    image_setup: str = ""
+    error: Exception | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "boxes", np.asarray(self.boxes, np.float32).reshape(-1, 4))
+
+    def record(self) -> dict[str, Any]:
+        """Everything but the maps, ready for JSON."""
+        skipped = ("heatmap", "grid", "boxes", "forward_passes", "cost", "log", "error", "options")
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skipped}
+        return plain | {
+            "boxes": self.boxes.tolist(),
+            "forward_passes": self.forward_passes._asdict(),
+            "cost": {f.name: getattr(self.cost, f.name) for f in fields(self.cost)},
+            "options": {name: _plain(value) for name, value in self.options.items()},
+            "log": [entry._asdict() for entry in self.log],
+            "error": None if self.error is None else f"{type(self.error).__name__}: {self.error}",
+        }
+
+
+def as_tuple(images: Any) -> tuple[Any, ...]:
+    """One image (a PIL image, an array, a path, bytes) or a sequence of them, as a tuple."""
+    if isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray)):
+        return tuple(images)
+    if images is None:
+        raise UserError("no image: expected a path, bytes, a PIL image, an array, or a list of them")
+    return (images,)
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (str, int, float, bool, list, tuple, dict, type(None))) else repr(value)
