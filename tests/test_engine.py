@@ -15,7 +15,6 @@ import jaxvqa
 from jaxvqa import handlers
 from jaxvqa.engine import Engine
 from jaxvqa.errors import JaxVQAError, UserError
-from jaxvqa.handlers import reply_ids
 from jaxvqa.prompts import GENERAL_QUESTION, render
 from jaxvqa.requests import Answer, Call, Continue, Generate, Gradient, Passes, Read, Sample, Score, YesNo
 from jaxvqa.taps import Edit, Plugin, ReadSpec, Tap, Taps
@@ -313,7 +312,7 @@ def test_scores_are_the_mean_log_likelihood_of_each_reply(vlm):
     encoded = vlm.encode(sample.image, prompt(sample.question))
     for option, score in zip(options, scores, strict=True):
         total, ids = 0.0, encoded.tokens.ids
-        for token in (reply := reply_ids(vlm, option)):
+        for token in (reply := vlm.reply_ids(option)):
             one = replace(encoded, tokens=replace(encoded.tokens, ids=ids))
             total += jax.nn.log_softmax(vlm.prefill(jaxvqa.collate([one], length=128)).logits[0])[token]
             ids = np.append(ids, np.int32(token))
@@ -330,7 +329,7 @@ def test_yes_no_is_the_confidence_of_the_two_words(vlm):
         return [YesNo(s.image, p), Read(s.image, p, ReadSpec(), reduce=logits)]
 
     [(confidence, last)] = collected(vlm, [sample], requests)
-    yes, no = (last.value[reply_ids(vlm, word)[0]] for word in ("Yes", "No"))
+    yes, no = (last.value[vlm.reply_ids(word)[0]] for word in ("Yes", "No"))
     np.testing.assert_allclose(confidence, np.tanh((yes - no) / 2), atol=EXACT)
 
 

@@ -21,7 +21,6 @@ if PROCESSES > 1:
 
 from jaxvqa.convert import load, open_checkpoint  # noqa: E402
 from jaxvqa.convert.tables import flatten  # noqa: E402
-
 from jaxvqa.models.llava import specs  # noqa: E402
 from jaxvqa.sharding import make_mesh, shardings  # noqa: E402
 

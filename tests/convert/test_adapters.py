@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from jaxvqa.convert import ConversionError, convert, load
-from jaxvqa.convert.tables import flatten
 from safetensors.numpy import load_file, save_file
 from tiny import tiny_llava, write_json
+
+from jaxvqa.convert import ConversionError, convert, load
+from jaxvqa.convert.tables import flatten
 
 MODULES = {
     "layers.0.self_attn.q_proj": (32, 32),

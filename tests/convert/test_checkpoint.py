@@ -7,11 +7,11 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from jaxvqa.convert import ConversionError, load
-from jaxvqa.convert.tables import flatten
 from safetensors.numpy import load_file, save_file
 from tiny import LAYOUTS, tiny_llava, write_json, write_weights
 
+from jaxvqa.convert import ConversionError, load
+from jaxvqa.convert.tables import flatten
 from jaxvqa.errors import JaxVQAError
 
 HF_LAYOUTS = [layout for layout in LAYOUTS if layout != "liuhaotian"]

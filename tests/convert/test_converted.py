@@ -8,9 +8,10 @@ import time
 
 import numpy as np
 import pytest
+from tiny import tiny_llava, write_json
+
 from jaxvqa.convert import ConversionError, convert, load
 from jaxvqa.convert.tables import flatten
-from tiny import tiny_llava, write_json
 
 
 def params_of(folder, dtype=None):

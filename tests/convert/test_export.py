@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from jaxvqa.convert import ConversionError, export_hf, load
-from jaxvqa.convert.tables import flatten
 from safetensors.numpy import load_file
 from tiny import tiny_llava
+
+from jaxvqa.convert import ConversionError, export_hf, load
+from jaxvqa.convert.tables import flatten
 
 
 def export(source, out, **kwargs):

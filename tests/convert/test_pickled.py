@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+from tiny import tiny_llava, write_json
+
 from jaxvqa.convert import ConversionError, convert, load
 from jaxvqa.convert.pickled import pickled_tensors
 from jaxvqa.convert.tables import flatten
-from safetensors.numpy import load_file
-from tiny import tiny_llava, write_json
 
 
 class _Named:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import tiny_llava
+
 from jaxvqa.convert import convert, load
 from jaxvqa.convert.tables import flatten
-from tiny import tiny_llava
 
 WORKER = Path(__file__).with_name("shards_worker.py")
 

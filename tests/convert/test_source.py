@@ -1,6 +1,7 @@
 """Naming a checkpoint: folders, hub ids, and what is said when there is none."""
 
 import pytest
+
 from jaxvqa.convert import ConversionError, resolve
 from jaxvqa.convert.source import FILES
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import tiny_llava
+
 from jaxvqa.convert import llava
 from jaxvqa.convert.tables import (
     Naming,
@@ -18,8 +20,6 @@ from jaxvqa.convert.tables import (
     leaves,
     transpose,
 )
-from tiny import tiny_llava
-
 from jaxvqa.models.llava import LlavaConfig, specs
 
 # transform, shape in the checkpoint, our shape, and the same rearrangement written out
