@@ -208,7 +208,8 @@ def _xla_chunked(q, k, v, mask, key_bias, *, scale):
     # Without the checkpoint the backward pass would keep every chunk's probabilities.
     @jax.checkpoint
     def one(queries):
-        q, *rest = queries
+        # The barrier ties the mask to q; a gradient would otherwise compute every chunk's mask ahead, [T, S] in all.
+        q, *rest = jax.lax.optimization_barrier(queries)
         part = Mask(rest[0], mask.k_order, rest[1], mask.k_segment) if rest else None
         return _xla(q, k, v, part, key_bias, scale=scale)
 
@@ -223,7 +224,8 @@ def _widen(q, k, v, key_bias, scale):
     """
     if key_bias is None:
         return q, k, v
-    bias = key_bias[:, 0, :, None].astype(jnp.float32) / scale
+    limit = float(jnp.finfo(k.dtype).max) / 4  # MASKED overflows f16; this is still far below any score
+    bias = jnp.clip(key_bias[:, 0, :, None].astype(jnp.float32) / scale, -limit, limit)
     hi = bias.astype(k.dtype)
     lo = (bias - hi.astype(jnp.float32)).astype(k.dtype)
     zeros = jnp.zeros((*bias.shape[:2], 6), k.dtype)
@@ -254,12 +256,13 @@ def _splash(q, k, v, mask, key_bias, *, scale):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     head_dim, T, S = q.shape[-1], q.shape[1], k.shape[1]
-    q, k, v = _widen(q, k, v, key_bias, scale)
+    # The kernel does not scale. Scaling comes first: a bf16 column of scaled ones would round the bias.
+    q, k, v = _widen(q * scale, k, v, key_bias, 1.0)
     # Blocks are multiples of 128. Padded keys come last: a causal mask hides them, a full one needs segment ids.
     pad_q, pad_k = (-T) % 128, (-S) % 128
     q, k, v = (
         jnp.moveaxis(jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))), 1, 2)
-        for x, pad in ((q * scale, pad_q), (k, pad_k), (v, pad_k))
+        for x, pad in ((q, pad_q), (k, pad_k), (v, pad_k))
     )
     shape = (T + pad_q, S + pad_k)
     one_head = splash_attention_mask.CausalMask(shape) if mask is not None else splash_attention_mask.FullMask(shape)

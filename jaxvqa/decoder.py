@@ -241,8 +241,11 @@ def run(
     """
     start, stop = spec.start, config.num_layers if spec.stop is None else spec.stop
     _check(config, taps, spec, plugins, start, stop)
+    stream = jax.tree.map(lambda x: constrain(x, BATCH), stream)
     T = stream.hidden.shape[1]
     if cache is not None:
+        if cache.k.shape[0] != stop - start:
+            raise JaxVQAError(f"the cache holds {cache.k.shape[0]} layers, but layers {start}..{stop - 1} run")
         keys = (cache.k, cache.v)
         at = cache.filled
         k_order = jax.lax.dynamic_update_slice(cache.order, stream.order, (0, at))
@@ -442,15 +445,17 @@ def _mix(out, v, order, mix: Mix):
     added = jnp.einsum("BTI,BIKH->BTKH", weight, mean)
     added = jnp.repeat(added, out.shape[2] // v.shape[2], axis=2, out_sharding=layout(ACT_BTNH))
     rest = 1.0 - mix.alpha.sum(axis=-1)[:, None, None, None]
-    mixed = (rest * out + added) / (rest + weight.sum(axis=-1)[:, :, None, None])
     rows = seen.any(axis=-1) if mix.rows is None else mix.rows & seen.any(axis=-1)
+    # Other rows are not divided: at α = 1 the quotient would be 0/0, and its gradient NaN even where it is not used.
+    total = jnp.where(rows, rest[:, :, 0, 0] + weight.sum(axis=-1), 1.0)
+    mixed = (rest * out + added) / total[:, :, None, None]
     return jnp.where(rows[:, :, None, None], mixed.astype(out.dtype), out)
 
 
 def _pad_keys(x: Array | None, length: int) -> Array | None:
-    """Zeros for keys that an edit does not know yet (generated tokens)."""
-    if x is None or x.shape[-1] == length:
-        return x
+    """Zeros for keys that an edit does not know yet (generated tokens); what it knows beyond the keys is not there yet."""
+    if x is None or x.shape[-1] >= length:
+        return x if x is None else x[..., :length]
     return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, length - x.shape[-1]),))
 
 

@@ -12,6 +12,8 @@ from jax.tree_util import register_dataclass
 
 from jaxvqa.attention import NEVER
 from jaxvqa.decoder import Cache, Decoder, DecoderConfig, Stream, embed_tokens, finish, last_row, right_padded, run
+from jaxvqa.errors import JaxVQAError
+from jaxvqa.sharding import BATCH, constrain, layout
 from jaxvqa.taps import Plugin, Readouts, ReadSpec, Taps
 from jaxvqa.typing import Array, Bool, Float, Int
 
@@ -37,7 +39,7 @@ def forward(params: Decoder, config: DecoderConfig, stream: Stream, *, spec: Rea
         logits = jnp.zeros((hidden.shape[0], 0), jnp.float32)
     else:
         last = jnp.take_along_axis(hidden, last_row(stream.order)[:, :, None], axis=1)
-        logits = finish(params, config, last)[:, 0]
+        logits = constrain(finish(params, config, last)[:, 0], BATCH)
     return Output(logits, hidden, cache, readouts, plugins)
 
 
@@ -91,8 +93,9 @@ def decode(
     depends on its own key and step only. `output.cache` must have room for `max_new_tokens` − 1 more tokens; donate it.
     """
     if output.cache is None or output.cache.capacity < max_new_tokens - 1:
-        raise ValueError("decode needs a cache with room for the new tokens: give prefill a `capacity`")
-    B = output.logits.shape[0]
+        raise JaxVQAError("decode needs a cache with room for the new tokens: give prefill a `capacity`")
+    B, whole_rows = output.logits.shape[0], layout(BATCH)
+    keys = None if keys is None else constrain(keys, BATCH)
     eos = jnp.asarray(eos_ids, jnp.int32)
 
     def choose(logits, step):
@@ -112,7 +115,8 @@ def decode(
         return _State(step + 1, done | jnp.isin(token, eos), result)
 
     def unfinished(state):
-        return (state.step < max_new_tokens) & ~state.done.all()
+        room = state.result.cache.filled < output.cache.capacity  # a write into a full cache would hit older tokens
+        return (state.step < max_new_tokens) & ~state.done.all() & room
 
     def body(state):
         r = state.result
@@ -122,13 +126,13 @@ def decode(
         return emit(state.step, state.done, out.logits, replace(r, cache=out.cache, plugins=out.plugins))
 
     empty = Decoded(
-        ids=jnp.zeros((B, max_new_tokens), jnp.int32),
-        count=jnp.zeros(B, jnp.int32),
-        finite=jnp.ones(B, bool),
+        ids=jnp.zeros((B, max_new_tokens), jnp.int32, out_sharding=whole_rows),
+        count=jnp.zeros(B, jnp.int32, out_sharding=whole_rows),
+        finite=jnp.ones(B, bool, out_sharding=whole_rows),
         cache=output.cache,
         plugins=output.plugins,
     )
-    first = emit(jnp.int32(0), jnp.zeros(B, bool), output.logits, empty)
+    first = emit(jnp.int32(0), jnp.zeros_like(empty.finite), output.logits, empty)
     return jax.lax.while_loop(unfinished, body, first).result
 
 
@@ -148,20 +152,18 @@ def score_options(
     needs C·T free slots. Every token counts, the final end-of-sequence token included if given (SEAL, ZoomEye
     `logits_match`). An option of length 0 scores −inf.
     """
+    ids, lengths = constrain(ids, BATCH), constrain(lengths, BATCH)
     B, C, T = ids.shape
     offset = jnp.arange(T, dtype=jnp.int32)
     positions = output.cache.length[:, None, None] + jnp.broadcast_to(offset, (B, C, T))
     valid = offset < lengths[:, :, None]
     segment = jnp.broadcast_to(jnp.arange(1, C + 1, dtype=jnp.int32)[None, :, None], (B, C, T))
-    flat = (B, C * T)
+    flat = jax.vmap(jnp.ravel)
     stream = Stream(
-        embed_tokens(params, ids.reshape(flat)),
-        positions.reshape(flat),
-        jnp.where(valid, positions, NEVER).reshape(flat),
-        segment.reshape(flat),
+        embed_tokens(params, flat(ids)), flat(positions), flat(jnp.where(valid, positions, NEVER)), flat(segment)
     )
     hidden, *_ = run(params, config, stream, cache=output.cache, taps=taps, plugins=output.plugins, backend=backend)
-    logits = finish(params, config, hidden).reshape(B, C, T, -1)
+    logits = constrain(finish(params, config, hidden), BATCH).reshape(B, C, T, -1)
     before = jnp.broadcast_to(output.logits[:, None, None, :], (B, C, 1, logits.shape[-1]))
     log_probs = jax.nn.log_softmax(jnp.concatenate([before, logits[:, :, :-1]], axis=2), axis=-1)
     picked = jnp.take_along_axis(log_probs, ids[..., None], axis=-1)[..., 0]

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxvqa.errors import JaxVQAError
@@ -106,7 +106,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
     return jax.make_mesh((data, fsdp, tensor), ("data", "fsdp", "tensor"), (AxisType.Explicit,) * 3, devices=devices)
 
 
-def shardings(specs, mesh: Mesh):
+def shardings(specs, mesh: Mesh | AbstractMesh):
     """The tree of `NamedSharding` of a parameter tree. Axes that the mesh does not divide are listed in one error."""
     faults: list[str] = []
 
@@ -155,6 +155,6 @@ def take(table: Array, ids: Array, out: Axes) -> Array:
     return constrain(table.at[ids].get(out_sharding=layout(("lookup", None, "embed")), mode="clip"), out)
 
 
-def _ways(parts: PartitionSpec, mesh) -> list[int]:
+def _ways(parts: PartitionSpec, mesh: Mesh | AbstractMesh) -> list[int]:
     """How many ways each axis is split."""
     return [math.prod(mesh.shape[m] for m in ((part,) if isinstance(part, str) else part or ())) for part in parts]

@@ -24,6 +24,7 @@ from jaxvqa.images import open_image, pad_to_square
 from jaxvqa.methods import Facts
 from jaxvqa.models import family_of
 from jaxvqa.prompts import MARKER, ImageSlot, Prompt, Tokens, render, tokenise
+from jaxvqa.sharding import BATCH, constrain
 from jaxvqa.taps import Plugin, ReadSpec, Taps
 from jaxvqa.typing import Array, Float, Int
 
@@ -218,6 +219,7 @@ class VLM(nnx.Module):
 @functools.partial(jax.jit, static_argnums=(6, 7))
 def _prefill(params, config, inputs: Inputs, taps, spec, plugins, capacity: int, backend: str) -> Output:
     family, features = family_of(config), None
+    inputs = jax.tree.map(lambda x: constrain(x, BATCH), inputs)
     if inputs.pixels is not None:
         rows, images = inputs.pixels.shape[:2]
         features = family.encode_images(params, config, jax.lax.collapse(inputs.pixels, 0, 2), backend=backend)

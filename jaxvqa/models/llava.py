@@ -13,7 +13,7 @@ from jaxvqa import decoder
 from jaxvqa.decoder import Cache, Decoder, DecoderConfig, right_padded
 from jaxvqa.decoding import Output, forward
 from jaxvqa.errors import JaxVQAError
-from jaxvqa.sharding import ACT_BTD, ArraySpec, einsum
+from jaxvqa.sharding import ACT_BTD, BATCH, ArraySpec, constrain, einsum, layout
 from jaxvqa.taps import ReadSpec
 from jaxvqa.typing import Array, Float, Int
 from jaxvqa.vision import clip
@@ -125,7 +125,7 @@ def embed(
     if features is None:
         return x
     B, _, _, D = features.shape
-    features = features.reshape(B, -1, D)
+    features = jnp.reshape(constrain(features, BATCH), (B, -1, D), out_sharding=layout(BATCH))
     is_image = ids == c.image_token_id
     index = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, features.shape[1] - 1)
     tokens = jnp.take_along_axis(features, index[:, :, None], axis=1)

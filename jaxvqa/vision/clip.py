@@ -37,6 +37,8 @@ class ClipConfig:
             raise JaxVQAError(
                 f"vision hidden_act {hf['hidden_act']!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
             )
+        if hf["image_size"] % hf["patch_size"]:
+            raise JaxVQAError(f"image_size {hf['image_size']} is not a multiple of patch_size {hf['patch_size']}")
         return cls(
             image_size=hf["image_size"],
             patch_size=hf["patch_size"],
