@@ -270,6 +270,8 @@ def run(
         for i, plugin in enumerate(plugins):
             if a in plugin.cuts:
                 stream, carry, new = plugin.step(plugin.params, a, stream, plugin.carry)
+                if stream.hidden.shape[1] != T:
+                    raise JaxVQAError(f"a plugin made {stream.hidden.shape[1]} tokens of {T}; their number must stay")
                 plugins = (*plugins[:i], replace(plugin, carry=carry), *plugins[i + 1 :])
                 edits = (*edits, *new)
         if cache is None:
@@ -453,7 +455,7 @@ def _mix(out, v, order, mix: Mix):
 
 
 def _pad_keys(x: Array | None, length: int) -> Array | None:
-    """Zeros for keys that an edit does not know yet (generated tokens); what it knows beyond the keys is not there yet."""
+    """An edit over keys, made as long as the keys: zeros for those that it does not know (generated tokens)."""
     if x is None or x.shape[-1] >= length:
         return x if x is None else x[..., :length]
     return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, length - x.shape[-1]),))

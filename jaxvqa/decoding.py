@@ -90,7 +90,8 @@ def decode(
     """Generate until every row has an end-of-sequence token or `max_new_tokens` tokens.
 
     Greedy (first index on ties) without `keys`; with one random key per row, sampled at `temperature`. A row's sample
-    depends on its own key and step only. `output.cache` must have room for `max_new_tokens` − 1 more tokens; donate it.
+    depends on its own key and step only. `output.cache` must have room for `max_new_tokens` − 1 more tokens (a full
+    cache ends the loop); donate it.
     """
     if output.cache is None or output.cache.capacity < max_new_tokens - 1:
         raise JaxVQAError("decode needs a cache with room for the new tokens: give prefill a `capacity`")

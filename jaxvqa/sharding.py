@@ -37,7 +37,7 @@ ACT_BTNH = ("batch", None, "heads", None)
 ACT_BTKH = ("batch", None, "kv_heads", None)
 ACT_BTF = ("batch", None, "mlp")
 ACT_BTV = ("batch", None, "vocab")
-ACT_BD = ("batch", None)
+
 CACHE_LBSKH = (None, "batch", None, "kv_heads", None)
 
 Axes = tuple[str | None, ...]

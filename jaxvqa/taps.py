@@ -135,8 +135,9 @@ class Readouts:
 class Plugin:
     """Runs before each layer of `cuts`: `step(params, cut, stream, carry) -> stream, carry, edits`.
 
-    `step` is a pure module-level function and may replace the stream (hidden states, positions, order); the edits that
-    it returns hold from that cut on. The carry leaves prefill with the cache and enters every decode step.
+    `step` is a pure module-level function and may replace the stream's hidden states and positions, not the number and
+    order of its tokens (all layers share one cache); the edits that it returns hold from that cut on. The carry leaves
+    prefill with the cache and enters every decode step.
     """
 
     step: Callable = field(metadata={"static": True})

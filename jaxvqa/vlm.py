@@ -23,7 +23,7 @@ from jaxvqa.geometry import Geometry
 from jaxvqa.images import open_image, pad_to_square
 from jaxvqa.methods import Facts
 from jaxvqa.models import family_of
-from jaxvqa.prompts import MARKER, ImageSlot, Prompt, Tokens, render, tokenise
+from jaxvqa.prompts import MARKER, TEMPLATES, ImageSlot, Prompt, Tokens, render, tokenise
 from jaxvqa.sharding import BATCH, constrain
 from jaxvqa.taps import Plugin, ReadSpec, Taps
 from jaxvqa.typing import Array, Float, Int
@@ -155,7 +155,7 @@ class VLM(nnx.Module):
             chunks += [ImageSlot(i), piece]
         chunks = [chunk for chunk in chunks if chunk != ""]
         roles = tuple("user" if isinstance(chunk, str) else "image" for chunk in chunks)
-        return Prompt(tuple(chunks), roles)
+        return Prompt(tuple(chunks), roles, joined=TEMPLATES[self.facts.template].joined)
 
     def encode(self, images: Any, prompt: Prompt | str) -> Encoded:
         """A prompt and its images, ready for `collate` or `prefill`.
@@ -193,12 +193,20 @@ class VLM(nnx.Module):
         key: Array | None = None,
         temperature: float = 1.0,
         stop: tuple[str, ...] = (),
+        taps: Taps = Taps(),
     ) -> list[str]:
-        """The replies: greedy, or sampled at `temperature` with `key`. A reply ends before the first stop string."""
+        """The replies: greedy, or sampled at `temperature` with `key`. A reply ends before the first stop string.
+
+        taps: edits of every generated token's pass; those of `prefill` hold for the prompt only.
+        Raises UserError if the cache has no room for `max_new_tokens`, `JaxVQAError` for logits that are not finite.
+        """
+        room = 0 if output.cache is None else output.cache.capacity - int(output.cache.filled) + 1
+        if max_new_tokens > room:
+            raise UserError(f"decode of {max_new_tokens} tokens: the cache has room for {room}; give prefill the same")
         keys = None if key is None else jax.random.split(key, output.logits.shape[0])
         with self.on_mesh():
             out = _decode(
-                self.params, self.config, output, keys, temperature, max_new_tokens, self.eos_ids, self.attention
+                self.params, self.config, output, keys, temperature, taps, max_new_tokens, self.eos_ids, self.attention
             )
         if not (finite := np.asarray(out.finite)).all():
             raise JaxVQAError(f"{self.name}: logits of rows {np.flatnonzero(~finite).tolist()} are not finite")
@@ -238,8 +246,8 @@ def _prefill(params, config, inputs: Inputs, taps, spec, plugins, capacity: int,
     )
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6, 7))
-def _decode(params, config, output, keys, temperature, max_new_tokens, eos_ids, backend) -> Decoded:
+@functools.partial(jax.jit, static_argnums=(6, 7, 8))
+def _decode(params, config, output, keys, temperature, taps, max_new_tokens, eos_ids, backend) -> Decoded:
     return decoding.decode(
         params.decoder,
         config.decoder,
@@ -248,6 +256,7 @@ def _decode(params, config, output, keys, temperature, max_new_tokens, eos_ids, 
         eos_ids=eos_ids,
         keys=keys,
         temperature=temperature,
+        taps=taps,
         backend=backend,
     )
 
@@ -302,8 +311,10 @@ def _eos_ids(folder: Path, tokenizer) -> tuple[int, ...]:
 
 
 def _check_processor(processor, side: int):
-    """The processor must produce squares of the encoder's side; one with another size would be silently misread."""
-    size = dict(processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size)
-    found = {size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge"))}
+    """The processor must show the encoder whole squares of its side: with another size, cells and pixels would part."""
+    sizes = [dict(processor.size)] + ([dict(processor.crop_size)] if processor.do_center_crop else [])
+    found = {size.get(name, size.get("shortest_edge")) for size in sizes for name in ("height", "width")}
     if found != {side}:
-        raise JaxVQAError(f"preprocessor_config.json makes images of {size}; the vision tower needs {side}x{side}")
+        raise JaxVQAError(f"preprocessor_config.json makes images of {sizes}; the vision tower needs {side}x{side}")
+    if not processor.do_center_crop and "shortest_edge" in processor.size:
+        raise JaxVQAError("preprocessor_config.json resizes the shortest edge without do_center_crop: no square image")

@@ -14,7 +14,7 @@ import jaxvqa
 from jaxvqa.errors import JaxVQAError, UserError
 from jaxvqa.geometry import for_crop, for_pad
 from jaxvqa.images import pad_to_square
-from jaxvqa.taps import ReadSpec
+from jaxvqa.taps import Edit, ReadSpec, Tap, Taps
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,23 @@ def test_a_reply_ends_before_the_first_stop_string(vlm):
     assert vlm.text(ids) == "the plate is left of the blue one"
 
 
+def test_decode_refuses_more_tokens_than_the_cache_has_room_for(vlm, image):
+    out = vlm.prefill(vlm.encode(image, "What is this?"), max_new_tokens=8)
+    with pytest.raises(UserError, match="room for 9"):
+        vlm.decode(out, max_new_tokens=64)
+
+
+def test_edits_can_hold_while_decoding_as_well(vlm, image):
+    """A key bias that hides the image from every row: with the same edit in decode, replies match a longer prefill."""
+    encoded = vlm.encode(image, "What is this?")
+    start, length = encoded.tokens.image_spans[0]
+    bias = jnp.zeros((1, 1, 1, len(encoded.tokens.ids))).at[..., start : start + length].set(-1e30)
+    taps = Taps((Edit(Tap(key_bias=bias), 0, vlm.config.decoder.num_layers),))
+    out = vlm.prefill(encoded, taps=taps, max_new_tokens=8)
+    other = vlm.prefill(vlm.encode(Image.new("RGB", image.size), "What is this?"), taps=taps, max_new_tokens=8)
+    assert vlm.decode(out, max_new_tokens=8, taps=taps) == vlm.decode(other, max_new_tokens=8, taps=taps)
+
+
 def test_sampling_is_reproducible_from_its_key(vlm, image):
     out = vlm.prefill(vlm.encode(image, "What is this?"))
 
@@ -138,7 +155,6 @@ def test_decoding_never_turns_nan_into_an_answer(vlm, image):
     out = vlm.prefill(vlm.encode(image, "What is this?"))
     params = vlm.params
     try:
-        vlm.params = jax.tree.map(lambda x: x, params)
         vlm.params = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), params)
         out = vlm.prefill(vlm.encode(image, "What is this?"))
         with pytest.raises(JaxVQAError, match=r"logits of rows \[0\] are not finite"):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxvqa.methods import Facts, fill
-from jaxvqa.prompts import render
+from jaxvqa.prompts import ENDINGS, render
 from jaxvqa.requests import Answer, Generate, Sample
 
 
@@ -26,6 +26,13 @@ class Vanilla:
         return fill(fill(self, **preset), template=facts.template)
 
     def __call__(self, sample: Sample) -> Generator[Any, Any, Answer]:
-        prompt = render(self.template, sample.question, num_images=len(sample.images), ending=self.ending)
+        listed = self.ending in ENDINGS and ENDINGS[self.ending].option
+        prompt = render(
+            self.template,
+            sample.question,
+            num_images=len(sample.images),
+            ending=self.ending,
+            options=sample.options if listed else (),
+        )
         reply = yield Generate(sample.images, prompt, max_new_tokens=self.max_new_tokens)
         return Answer(reply.text)

@@ -24,7 +24,6 @@ class Vicrop:
     """ViCrop: crop where the model's relative attention peaks, then answer on the image and the crop."""
 
     name: ClassVar[str] = "vicrop"
-    paper: ClassVar[str] = "Zhang et al., ICLR 2025, arXiv 2502.17422"
     paper: ClassVar[str] = "MLLMs Know Where to Look, ICLR 2025 (arXiv 2502.17422)"
 
     maps: Literal["rel_att"] = "rel_att"
@@ -72,7 +71,7 @@ class Vicrop:
         return (yield Generate(images, self.prompt(sample.question, len(images)), max_new_tokens=self.max_new_tokens))
 
     def prompt(self, question: str, num_images: int) -> Prompt:
-        return render(self.template, question, num_images=num_images)
+        return render(self.template, question, num_images=num_images, ending="short")
 
 
 def relative(options: Vicrop, sample: Sample) -> Generator[Any, Any, tuple[np.ndarray, Any]]:

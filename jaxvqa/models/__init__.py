@@ -1,4 +1,8 @@
-"""Model families. A family is a module with a config class, `specs`, `encode_images`, `prefill`, `extend`, `resume`."""
+"""Model families.
+
+A family is a module with a config class (`from_hf`, `grid`, `image_tokens`, `vision`, `decoder`) and the functions
+`specs`, `encode_images`, `embed`, `prefill`, `extend`, `resume`, `flops` and `image_flops`.
+"""
 
 import sys
 from types import ModuleType
