@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxvqa import convert, geometry, images, methods, prompts, regions, sharding, specks, transforms
     from jaxvqa.engine import Engine, ask, ask_many
     from jaxvqa.requests import Answer, Sample
     from jaxvqa.taps import Edit, Mix, ReadSpec, Tap, Taps

@@ -280,7 +280,7 @@ def _splash(q, k, v, mask, key_bias, *, scale):
     segments = splash_attention_kernel.SegmentIds(
         (jnp.arange(shape[0]) >= T).astype(jnp.int32), (jnp.arange(shape[1]) >= S).astype(jnp.int32)
     )
-    out = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))(q, k, v)
+    out = jax.vmap(lambda q, k, v: jnp.asarray(kernel(q, k, v, segment_ids=segments)))(q, k, v)
     return jnp.moveaxis(out, 1, 2)[:, :T, :, :head_dim].astype(v.dtype)
 
 

@@ -314,7 +314,7 @@ def run(
     if keys is not None:
         added = jnp.sum(stream.order < NEVER, axis=1, dtype=jnp.int32)
         length = added if cache is None else cache.length + added
-        cache = Cache(*keys, k_order, at + T, length)
+        cache = Cache(keys[0], keys[1], k_order, at + T, length)
     return stream.hidden, cache, out, plugins
 
 

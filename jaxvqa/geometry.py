@@ -141,7 +141,7 @@ def for_pad(width: int, height: int, encoder_size: int, grid: tuple[int, int]) -
     """Padded to a square of side max(W, H), then resized (original LLaVA-1.5)."""
     side = max(width, height)
     left, top = pad_offset((width, height))
-    return Geometry("pad", (width, height), encoder_size, grid, (float(-left), float(-top)), (float(side),) * 2)
+    return Geometry("pad", (width, height), encoder_size, grid, (-float(left), -float(top)), (float(side), float(side)))
 
 
 def for_crop(width: int, height: int, encoder_size: int, grid: tuple[int, int]) -> Geometry:

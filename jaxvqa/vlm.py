@@ -123,8 +123,8 @@ class VLM(nnx.Module):
         processor, side = self.image_processor, self.config.vision.image_size
         if self.image_setup == "pad":
             place = geometry.for_pad
-            mean = processor.image_mean
-            image_in = pad_to_square(image, tuple(int(255 * m) for m in mean))
+            red, green, blue = (int(255 * mean) for mean in processor.image_mean)
+            image_in = pad_to_square(image, (red, green, blue))
         else:
             place = geometry.for_crop if processor.do_center_crop else geometry.for_squash
             image_in = image

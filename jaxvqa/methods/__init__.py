@@ -57,7 +57,7 @@ def get(name: str) -> type:
     raise unknown("method", name, names())
 
 
-def resolve(method: str | Callable, **options: Any) -> Callable:
+def resolve(method: Any, **options: Any) -> Any:
     """A method from its name and options, or as given.
 
     method: a name, a configured method (`Vicrop(layer=12)`), an options class, or a user's generator function.
@@ -82,7 +82,7 @@ def resolve(method: str | Callable, **options: Any) -> Callable:
     return method(**options)
 
 
-def bind(method: Callable, facts: Facts) -> Callable:
+def bind(method: Any, facts: Facts) -> Any:
     """The method with every option that depends on the model resolved: its `bind(facts, preset)`, where it has one."""
     if not hasattr(method, "bind"):
         return method

@@ -58,6 +58,7 @@ class TruthCrop:
     def __call__(self, sample: Sample) -> Generator[Any, Any, Answer]:
         if sample.box is None:
             raise UserError(f"truth_crop: sample {sample.id!r} has no ground-truth box")
+        assert self.like.base is not None, "bound"
         box = square_around(sample.box, self.like.base, sample.image.size)
         reply = yield from self.like.answer(sample, box)
         return Answer(reply.text, boxes=[box])

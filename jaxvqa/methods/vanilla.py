@@ -26,6 +26,7 @@ class Vanilla:
         return fill(fill(self, **preset), template=facts.template)
 
     def __call__(self, sample: Sample) -> Generator[Any, Any, Answer]:
+        assert self.template is not None, "bound"
         listed = self.ending in ENDINGS and ENDINGS[self.ending].option
         prompt = render(
             self.template,

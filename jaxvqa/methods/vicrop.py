@@ -59,11 +59,13 @@ class Vicrop:
 
     def locate(self, sample: Sample) -> Generator[Any, Any, tuple[tuple[float, ...], np.ndarray, np.ndarray]]:
         """The search: box in pixels of the first image, importance map on the token grid and in image coordinates."""
+        assert self.base is not None, "bound"
+        W, H = sample.image.size
         grid, geometry = yield from MAPS[self.maps](self, sample)
         if self.alignment == "official":
-            geometry = for_squash(*sample.image.size, geometry.encoder_size, geometry.grid)
-        box = search(grid, sample.image.size, self.base, self.ratios, alignment=self.alignment, geometry=geometry)
-        return box, grid, geometry.to_image(grid, preview_size(sample.image.size))
+            geometry = for_squash(W, H, geometry.encoder_size, geometry.grid)
+        box = search(grid, (W, H), self.base, self.ratios, alignment=self.alignment, geometry=geometry)
+        return box, grid, geometry.to_image(grid, preview_size((W, H)))
 
     def answer(self, sample: Sample, box: tuple[float, ...]) -> Generator[Any, Any, Reply]:
         """The final answer, on the whole image and the crop, in this order."""
@@ -76,6 +78,7 @@ class Vicrop:
 
 def relative(options: Vicrop, sample: Sample) -> Generator[Any, Any, tuple[np.ndarray, Any]]:
     """rel_att: attention of the last prompt token to the image, for the question over for a general description."""
+    assert options.layer is not None, "bound"
     spec = ReadSpec(layers=(options.layer,), read=frozenset({"rows"}))
     question, reference = yield [
         Read(sample.images, options.prompt(text, len(sample.images)), spec, reduce=attention_on_image)

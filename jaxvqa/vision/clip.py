@@ -53,7 +53,8 @@ class ClipConfig:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        return (self.image_size // self.patch_size,) * 2
+        side = self.image_size // self.patch_size
+        return side, side
 
 
 # HF's CLIPVisionConfig defaults, left out of a config.json when equal.
