@@ -282,10 +282,10 @@ def load(
     from transformers import AutoTokenizer
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-    from jaxvqa import convert
+    from jaxvqa.convert import load as load_weights
 
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    config, params, folder = convert.load(source, revision=revision, dtype=dtype, mesh=mesh, offline=offline, **kwargs)
+    config, params, folder = load_weights(source, revision=revision, dtype=dtype, mesh=mesh, offline=offline, **kwargs)
     folder = Path(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
