@@ -42,9 +42,9 @@ def load(
     base: base model of an adapter, likewise.
     Raises `ConversionError` (a `ValueError`) that lists everything wrong with the checkpoint.
     """
-    dtype = as_dtype(dtype)
-    if converted.is_converted(Path(source)):
-        return converted.load(Path(source), dtype, mesh)
+    dtype, folder = as_dtype(dtype), Path(source).expanduser()
+    if converted.is_converted(folder):
+        return converted.load(folder, dtype, mesh)
     checkpoint = open_checkpoint(source, revision=revision, offline=offline, vision_tower=vision_tower, base=base)
     placed = None if mesh is None else sharding.shardings(specs(checkpoint.config), mesh)
     return checkpoint.config, checkpoint.read(dtype, placed), checkpoint.processor()

@@ -13,9 +13,10 @@ import time
 import warnings
 import weakref
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ from PIL import Image
 from jaxvqa import methods
 from jaxvqa.errors import UserError
 from jaxvqa.geometry import Geometry
-from jaxvqa.handlers import HANDLERS, LENGTHS, Work
+from jaxvqa.handlers import HANDLERS, LENGTHS, State, Work
 from jaxvqa.images import open_image
 from jaxvqa.requests import Answer, Asked, Cost, Passes, Reading, Request, Sample
 from jaxvqa.sharding import RULES
@@ -58,7 +59,11 @@ class Engine:
     lengths: token lengths to which prompts are padded, ascending; each is compiled once.
     feature_bytes: device memory for image features kept for later requests.
     in_flight_bytes: host memory for decoded images of samples in flight (at least one sample always is).
+    cache_bytes: device memory for the caches that samples in flight keep (`keep=True`), beyond which none begins.
     exif: "ignore" (as LLaVA does) or "apply" the orientation of image files.
+    seed: of sampled answers.
+
+    Raises UserError for no model, a batch size below 1, and lengths that do not ascend.
     """
 
     def __init__(
@@ -69,11 +74,14 @@ class Engine:
         lengths: tuple[int, ...] = LENGTHS,
         feature_bytes: int = 1 << 30,
         in_flight_bytes: int = 2 << 30,
+        cache_bytes: int = 8 << 30,
         exif: str = "ignore",
         seed: int = 0,
     ):
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; expected at least 1")
+        if not lengths or any(a >= b for a, b in pairwise((0, *lengths))):
+            raise UserError(f"lengths are {lengths}; expected at least one, ascending")
         self.models = dict(models) if isinstance(models, Mapping) else {models.name: models}
         if not self.models:
             raise UserError("the engine was given no model")
@@ -81,7 +89,7 @@ class Engine:
         self._ways = math.lcm(*(_ways(vlm) for vlm in self.models.values()))
         self.batch_size = -(-batch_size // self._ways) * self._ways
         self.lengths, self.exif, self.seed = lengths, exif, seed
-        self.in_flight_bytes = in_flight_bytes
+        self.in_flight_bytes, self.cache_bytes = in_flight_bytes, cache_bytes
         self.shared = _Shared(feature_bytes)
         self.stats = Stats()
         self._sizes: dict[Hashable, int] = {}
@@ -89,10 +97,11 @@ class Engine:
 
     @property
     def default(self) -> VLM:
+        """The first model."""
         return next(iter(self.models.values()))
 
     def model(self, name: str | None) -> tuple[str, VLM]:
-        """The model that a request names, and its name (None: the first)."""
+        """The model that a request names, and its name (None: the first). UserError for an unknown name."""
         name = next(iter(self.models)) if name is None else name
         if name not in self.models:
             raise methods.unknown("model", name, self.models)
@@ -112,17 +121,19 @@ class Engine:
         """Rows of a batch of the program `key`."""
         return self._sizes.get(key, self.batch_size)
 
-    def shrink(self, key: Hashable) -> bool:
-        """Halve the batch of a program that ran out of memory; False when it cannot be smaller."""
-        size = self.size(key)
+    def shrink(self, key: Any, size: int) -> bool:
+        """Halve the batch of a program that ran out of memory with `size` rows; False when it cannot be smaller."""
         half = -(-size // (2 * self._ways)) * self._ways
-        if half < size:
+        if half < self.size(key):  # otherwise another batch in flight has done it
             self._sizes[key] = half
             warnings.warn(f"out of memory: {key[0].name} now runs in batches of {half}, not {size}", stacklevel=2)
         return half < size
 
     def run(self, samples: Iterable[Sample], method: str | Callable = "vanilla", **options: Any) -> Iterator[Answer]:
-        """Answer samples, in their order. `method` and `options` as in `methods.resolve`."""
+        """Answer samples, in their order; one that fails gets an answer with status "error".
+
+        method, options: as in `methods.resolve`, which raises UserError for unknown ones.
+        """
         bound = methods.bind(methods.resolve(method, **options), self.default.facts)
         return iter(_Run(self, samples, bound))
 
@@ -152,8 +163,8 @@ class _Shared:
         return self.items.get(name)
 
     def put(self, name: Hashable, value: Any) -> None:
+        self.bytes += _nbytes(value) - _nbytes(self.items.pop(name, ()))
         self.items[name] = value
-        self.bytes += _nbytes(value)
         while self.bytes > self.capacity:
             self.bytes -= _nbytes(self.items.popitem(last=False)[1])
 
@@ -171,6 +182,9 @@ class _Job:
     generator: Any = None
     started: float = field(default_factory=time.perf_counter)
     bytes: int = 0
+    """Of its decoded images."""
+    kept: "weakref.WeakSet[State]" = field(default_factory=weakref.WeakSet)
+    """Caches that its generator may still continue from."""
     many: bool | None = None
     """Whether the generator yielded a list, and gets one back; None before its first yield."""
     pending: int = 0
@@ -190,7 +204,8 @@ class _Ticket:
     """Work that waits for a batch, and whom to tell."""
 
     order: tuple[int, int]
-    work: Work
+    work: Any
+    """A `Work`, when the request is made ready."""
     done: Callable[[Any], None]
     missing: int = 0
 
@@ -200,13 +215,13 @@ class _Run:
 
     def __init__(self, engine: Engine, samples: Iterable[Sample], method: Callable):
         self.engine, self.method = engine, method
-        self.source: Iterator | None = iter(samples)
+        self.source: Any = iter(samples)  # None when it is exhausted
         self.begun = self.due = 0
         self.jobs: dict[int, _Job] = {}
         self.ready: deque[_Job] = deque()
         self.waiting: dict[Hashable, list[_Ticket]] = {}
         self.needed: dict[Hashable, list[_Ticket]] = {}
-        self.flying: deque[tuple[list[_Ticket], Callable[[], list]]] = deque()
+        self.flying: deque[tuple[list[_Ticket], int, Callable[[], list]]] = deque()
         self.answers: dict[int, Answer] = {}
 
     def __iter__(self) -> Iterator[Answer]:
@@ -232,7 +247,9 @@ class _Run:
         """Whether another sample may begin."""
         size, held = self.engine.batch_size, sum(job.bytes for job in self.jobs.values())
         few = len(self.jobs) < AHEAD * size and self.begun - self.due < LOOK_AHEAD * size
-        return self.source is not None and (not self.jobs or (few and held < self.engine.in_flight_bytes))
+        kept = sum(state.nbytes for job in self.jobs.values() for state in job.kept)
+        within = held < self.engine.in_flight_bytes and kept <= self.engine.cache_bytes
+        return self.source is not None and (not self.jobs or (few and within))
 
     def begin(self) -> None:
         """Start the next sample's generator."""
@@ -292,9 +309,12 @@ class _Run:
         number, job.asked = job.asked, job.asked + 1
 
         def done(result: Any) -> None:
-            job.results[number] = result
             if not isinstance(result, Exception):
-                self.account(job, request, ticket.work, result)
+                try:
+                    self.account(job, request, ticket.work, result)
+                except Exception as error:  # the user's own: what a `Call` returned has a faulty __str__, say
+                    result = error
+            job.results[number] = result
             if len(job.results) == job.pending:
                 self.ready.append(job)
 
@@ -340,9 +360,11 @@ class _Run:
         batch, rest = queue[:size], queue[size:]
         if rest:
             self.waiting[key] = rest
-        self.guard(batch, lambda: self.flying.append((batch, self.launch(key, batch, size))))
+        collect = self.guard(batch, size, lambda: self.launch(key, batch, size))
+        if collect is not None:
+            self.flying.append((batch, size, collect))
 
-    def launch(self, key: Hashable, batch: list[_Ticket], size: int) -> Callable[[], list]:
+    def launch(self, key: Any, batch: list[_Ticket], size: int) -> Callable[[], list]:
         handler, stats = key[0], self.engine.stats
         collect = handler.launch(self.engine, [ticket.work for ticket in batch], size)
         stats.batches[handler.name] += 1
@@ -353,21 +375,17 @@ class _Run:
 
     def land(self) -> None:
         """Wait for the oldest batch on the device, and deliver its results."""
-        batch, collect = self.flying.popleft()
+        batch, size, collect = self.flying.popleft()
+        for ticket, result in self.guard(batch, size, lambda: list(zip(batch, collect(), strict=True))) or ():
+            ticket.done(result)
 
-        def deliver():
-            for ticket, result in zip(batch, collect(), strict=True):
-                ticket.done(result)
-
-        self.guard(batch, deliver)
-
-    def guard(self, batch: list[_Ticket], act: Callable[[], None]) -> None:
-        """Act for a batch: out of memory requeues it at half the size, any other failure is each row's error."""
+    def guard(self, batch: list[_Ticket], size: int, act: Callable[[], Any]) -> Any:
+        """Act for a batch; None where that fails: out of memory requeues it, any other failure is each row's error."""
         try:
-            act()
+            return act()
         except Exception as error:
             exhausted = isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
-            if exhausted and self.engine.shrink(batch[0].work.key):
+            if exhausted and self.engine.shrink(batch[0].work.key, size):
                 for ticket in batch:
                     self.enqueue(ticket)
             else:
@@ -376,7 +394,9 @@ class _Run:
 
     def account(self, job: _Job, request: Request, work: Work, result: Any) -> None:
         """Count what one request cost its sample, and log it."""
-        tokens, flops = work.cost(result)
+        said, (tokens, flops) = _brief(result), work.cost(result)
+        if isinstance(state := getattr(result, "state", None), State):
+            job.kept.add(state)
         for name, need in work.needs.items():
             if name not in job.images:
                 job.images.add(name)
@@ -385,7 +405,7 @@ class _Run:
         job.last += request.passes
         job.tokens += tokens
         job.flops += flops
-        job.log.append(Asked(type(request).__name__, work.text, _brief(result)))
+        job.log.append(Asked(type(request).__name__, work.text, said))
 
     def finish(self, job: _Job, answer: Any = None, error: Exception | None = None) -> None:
         """File the answer of a generator that has returned or failed."""
@@ -437,7 +457,7 @@ def ask_many(
     from tqdm import tqdm
 
     answers = Engine(model, batch_size=batch_size).run(samples, method, **options)
-    total = len(samples) if hasattr(samples, "__len__") else None
+    total = len(samples) if isinstance(samples, Sized) else None
     return iter(tqdm(answers, total=total, delay=3, unit="sample", disable=None if progress is None else not progress))
 
 

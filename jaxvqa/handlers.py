@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,9 @@ from jaxvqa.taps import Readouts, ReadSpec, Taps
 from jaxvqa.typing import Array, Bool, Float, Int
 from jaxvqa.vlm import VLM
 
+if TYPE_CHECKING:
+    from jaxvqa.engine import Engine
+
 LENGTHS = (*range(64, 1024, 64), *range(1024, 2048, 128), *range(2048, 4096, 256), *range(4096, 32769, 1024))
 """Token lengths to which prompts are padded."""
 SHORT = tuple(2**n for n in range(16))
@@ -42,8 +45,8 @@ SHORT = tuple(2**n for n in range(16))
 class Work:
     """A request made ready."""
 
-    key: tuple[Any, ...]
-    """Works of one key share a batch; begins with the handler."""
+    key: Any
+    """A tuple; works of one key share a batch. Begins with the handler."""
     data: Any
     text: str = ""
     """The prompt, for the log."""
@@ -57,6 +60,21 @@ class Work:
     """Of this row as it runs."""
     cost: Callable[[Any], tuple[int, int]] = lambda result: (0, 0)
     """Of a result: (generated tokens, FLOPs)."""
+
+
+class Handler(Protocol):
+    """Serves one kind of request."""
+
+    name: str
+    """In statistics and warnings."""
+
+    def prepare(self, engine: "Engine", request: Any, seed: tuple[int, int]) -> Work:
+        """Make a request ready; `seed` is the hash of the sample's id and the request's number. Raises UserError."""
+        ...
+
+    def launch(self, engine: "Engine", works: list[Work], size: int) -> Callable[[], list[Any]]:
+        """Start works of one key in a batch of `size` rows; what is returned waits, and gives a result for each."""
+        ...
 
 
 def bucket(size: int, sizes: Sequence[int], what: str) -> int:
@@ -314,7 +332,17 @@ class _PromptHandler:
     name: str
 
     def work(
-        self, engine, request, seed, static: Hashable, *, which="last", args=(), room=0, layers=None, extra=None
+        self,
+        engine,
+        request,
+        seed,
+        static: Hashable,
+        *,
+        which: str | tuple[int, ...] = "last",
+        args=(),
+        room=0,
+        layers=None,
+        extra=None,
     ) -> Work:
         """Make a prompt ready.
 
@@ -326,6 +354,8 @@ class _PromptHandler:
         length = _bucket_of(engine, vlm, len(tokens.ids), room)
         images = [engine.preprocessed(model, image) for image in request.images]
         rows = wanted_rows(which, tokens)
+        if not len(rows):
+            raise UserError(f"rows={which!r} names no token of text in the prompt {tokens.text!r}; name a phrase of it")
         wanted = np.arange(bucket(len(rows), SHORT, "the wanted rows")) < len(rows)
         rows = np.pad(rows, (0, len(wanted) - len(rows)), mode="edge").astype(np.int32)
         args = arrays(args)
@@ -428,18 +458,33 @@ class State:
     layer: int | None = None
     """Where a reading stopped."""
 
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.kept))
+
 
 def _reply(model: str, vlm: VLM, row: _Said, ids: list[int], kept: Kept | None) -> Reply:
     """A row's generated tokens as a reply, cut at the end of text and before the first stop string."""
-    cached = len(row.ids) + len(ids) - 1
+    count, cached = len(ids), len(row.ids) + len(ids) - 1
     ids = ids[:-1] if ids[-1] in vlm.eos_ids else ids
-    text = vlm.text(ids, row.stop)
-    if text != vlm.text(ids):
-        ids = ids[: next(n for n in range(len(ids)) if any(stop in vlm.text(ids[: n + 1]) for stop in row.stop))]
+    text, ids = vlm.text(ids, row.stop), _before_stop(vlm, ids, row.stop)
     if kept is None:
-        return Reply(text, tuple(ids))
+        return Reply(text, tuple(ids), count)
     said = np.concatenate([row.ids, np.array(ids, np.int32)])
-    return Reply(text, tuple(ids), State(model, said, row.images, kept, min(cached, len(said))))
+    return Reply(text, tuple(ids), count, State(model, said, row.images, kept, min(cached, len(said))))
+
+
+def _before_stop(vlm: VLM, ids: list[int], stop: tuple[str, ...]) -> list[int]:
+    """The tokens that end before the first stop string; the text is searched as decoded, space around it included."""
+
+    def decoded(size: int) -> str:
+        return vlm.tokenizer.decode(ids[:size], skip_special_tokens=True)
+
+    whole = decoded(len(ids)) if stop else ""
+    cut = min((whole.find(s) for s in stop if s in whole), default=None)
+    if cut is None:
+        return ids
+    return ids[: max((size for size in range(len(ids)) if len(decoded(size)) <= cut), default=0)]
 
 
 class GenerateHandler(_PromptHandler):
@@ -451,7 +496,7 @@ class GenerateHandler(_PromptHandler):
             raise UserError("keep=True does not go with taps or a plugin: a further turn would run without them")
         static = (sampling, request.taps, _Same(request.plugin))
         work = self.work(engine, request, seed, static, args=request.args, room=room, extra=request.stop)
-        return _answering(work, engine.model(request.model)[1], work.data.length, sampling)
+        return _answering(work, engine.model(request.model)[1], work.data.length)
 
     def launch(self, engine, works, size):
         key = works[0].key
@@ -463,12 +508,11 @@ class GenerateHandler(_PromptHandler):
         return _generate(engine, key.model, size, out, edits, sampling, rows)
 
 
-def _answering(work: Work, vlm: VLM, length: int, sampling: Sampling) -> Work:
+def _answering(work: Work, vlm: VLM, length: int) -> Work:
     """The work with the cost of an answer after `length` tokens: a step per token, the first being prefill's."""
 
     def cost(reply):
-        steps = min(len(reply.ids), sampling.max_new_tokens - 1)  # the last step says that the text ends
-        return len(reply.ids), work.flops + _decode_flops(vlm, length, steps)
+        return reply.generated, work.flops + _decode_flops(vlm, length, reply.generated - 1)
 
     work.cost = cost
     return work
@@ -553,7 +597,9 @@ class ScoreHandler(_PromptHandler):
         lengths = np.array([*map(len, replies), *repeat(0, count - len(replies))], np.int32)
         ids = np.stack([right_pad(reply, width) for reply in [*replies, *repeat((), count - len(replies))]])
         work = self.work(engine, request, seed, (count, width), room=longest, extra=(ids, lengths, len(replies)))
-        work.flops += family_of(vlm.config).flops(vlm.config, total, work.data.length + longest, logits=total)
+        flops, slots = partial(family_of(vlm.config).flops, vlm.config), count * width
+        work.flops += flops(total, work.data.length + longest, logits=total)
+        work.padded_flops += flops(slots, work.key.length + slots, logits=slots)
         work.cost = lambda scores: (0, work.flops)
         return work
 
@@ -576,11 +622,18 @@ class YesNoHandler(_PromptHandler):
     name = "yes_no"
 
     def prepare(self, engine, request: YesNo, seed) -> Work:
-        return self.work(engine, request, seed, ())
+        _, vlm = engine.model(request.model)
+        yes, no = (vlm.reply_ids(word)[0] for word in ("Yes", "No"))
+        if yes == no:
+            raise JaxVQAError(
+                f"{vlm.name}: its tokenizer ({type(vlm.tokenizer).__name__}) begins Yes and No with the same token "
+                f"{yes}, so one token says nothing; compare them with Score"
+            )
+        return self.work(engine, request, seed, (yes, no))
 
     def launch(self, engine, works, size):
         vlm, (out, _, _, finite) = self.prefill(engine, works, size)
-        yes, no = (vlm.reply_ids(word)[0] for word in ("Yes", "No"))
+        yes, no = works[0].key.static
         with vlm.on_mesh():
             confidence = _yes_no(out.logits, yes=yes, no=no)
 
@@ -598,6 +651,8 @@ class ContinueHandler:
         state, sampling = request.of.state, Sampling.of(request)
         if state is None:
             raise UserError("cannot continue: the earlier request did not say keep=True")
+        if request.model not in (None, state.model):
+            raise UserError(f"cannot continue on model {request.model!r}: the earlier request ran on {state.model!r}")
         if (state.layer is None) != (request.prompt is not None):
             raise UserError("a reply is continued by a prompt (the whole conversation), a reading by none (its own)")
         (_, vlm), slots = engine.model(state.model), state.kept.k.shape[1]
@@ -626,7 +681,7 @@ class ContinueHandler:
             flops=flops,
             padded_flops=padded_flops,
         )
-        return _answering(work, vlm, len(ids), sampling)
+        return _answering(work, vlm, len(ids))
 
     def launch(self, engine, works, size):
         _, model, slots, width, layer, sampling = works[0].key
@@ -703,7 +758,7 @@ def _decode_flops(vlm: VLM, length: int, tokens: int) -> int:
     return family_of(vlm.config).flops(vlm.config, tokens, length + tokens // 2, logits=tokens)
 
 
-HANDLERS: dict[type[Request], Any] = {
+HANDLERS: dict[type[Request], Handler] = {
     Generate: GenerateHandler(),
     Read: ReadHandler(),
     Score: ScoreHandler(),

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
@@ -35,7 +36,7 @@ class ImageError(UserError):
 
 
 def open_image(
-    source: Source,
+    source: Source | Any,
     *,
     exif: str = "ignore",
     max_pixels: int = MAX_PIXELS,
@@ -51,6 +52,10 @@ def open_image(
     """
     if exif not in ("ignore", "apply"):
         raise UserError(f"exif={exif!r}; known: ignore, apply")
+    source = bytes(source) if isinstance(source, bytearray) else source
+    if not isinstance(source, Source):
+        kind = type(source).__name__
+        raise ImageError(f"an image cannot be a {kind}; expected a path, the bytes of a file, a PIL image or an array")
     name = _describe(source)
     image = _identify(source, name)
     _check_size(image.size, name, max_pixels, max_aspect)

@@ -125,6 +125,13 @@ class Prompt:
     roles: tuple[str, ...]
     joined: bool = False
 
+    def __post_init__(self):
+        for chunk, role in zip(self.chunks, self.roles, strict=True):
+            if isinstance(chunk, str) and MARKER in chunk:
+                raise UserError(
+                    f"the {role} text {chunk!r} contains {MARKER}: write it in questions only, for an image"
+                )
+
     @property
     def text(self) -> str:
         """The prompt as one string, images written as `<image>`; character ranges refer to it."""
@@ -151,10 +158,11 @@ def render(
     ending: a name in `ENDINGS`, applied to the last question (default: the template's own).
     options: the answer options, for the endings that list them.
 
-    Raises UserError for an empty question, an unknown template or ending, and counts that do not agree.
+    Raises UserError for an empty question, an unknown template or ending, counts that do not agree, and a marker in an
+    answer or an option.
     """
     template = _named(template, TEMPLATES, "template") if isinstance(template, str) else template
-    ending = _named(template.ending if ending is None else ending, ENDINGS, "ending")
+    closing = _named(template.ending if ending is None else ending, ENDINGS, "ending")
     turns = [turns] if isinstance(turns, str) else list(turns)
     if len(turns) % 2 == 0:
         raise UserError(f"a conversation of {len(turns)} turns has no question to answer; end it with the user's turn")
@@ -188,7 +196,7 @@ def render(
                 build.images(1)
                 build.text(template.image_break, "template")
         if number == len(turns) - 1:
-            before, after = _expand(ending, options, template)
+            before, after = _expand(closing, options, template)
             build.text(before, "ending")
             build.user(turn)
             build.text(after, "ending")

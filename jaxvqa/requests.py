@@ -18,6 +18,7 @@ from jax.tree_util import register_dataclass
 from PIL import Image
 
 from jaxvqa.errors import UserError
+from jaxvqa.geometry import Geometry
 from jaxvqa.prompts import Prompt
 from jaxvqa.taps import Plugin, Readouts, ReadSpec
 from jaxvqa.typing import Array, Bool, Float, Int
@@ -41,9 +42,13 @@ class Sample:
     def __post_init__(self):
         object.__setattr__(self, "images", as_tuple(self.images))
         object.__setattr__(self, "options", tuple(self.options))
+        object.__setattr__(self, "id", "" if self.id is None else str(self.id))
 
     @property
     def image(self) -> Any:
+        """The first image; UserError where there is none."""
+        if not self.images:
+            raise UserError(f"sample {self.id!r} has no image, and what was asked of it needs one")
         return self.images[0]
 
 
@@ -71,8 +76,13 @@ class Row:
     """Length S of a key axis that covers the prompt and the answer."""
 
     def on_image(self, x: Float[Array, "*A S"], image: int = 0) -> Float[Array, "*A h w"]:
-        """The part of a key axis (the last) that lies on one image, on its token grid."""
+        """The part of a key axis (the last) that lies on one image, on its token grid.
+
+        Raises UserError where the request has no such image.
+        """
         h, w = self.grid
+        if not 0 <= image < len(self.image_starts):
+            raise UserError(f"cannot look at image {image} of a request with {len(self.image_starts)} images")
         cells = jax.lax.dynamic_slice_in_dim(x, self.image_starts[image], h * w, axis=-1)
         return cells.reshape(*x.shape[:-1], h, w)
 
@@ -174,7 +184,10 @@ class Call(Request):
 
 @dataclass(frozen=True)
 class Gradient(_Prompted):
-    """Gradient of the log-probability of the most likely next token, with respect to `wrt` at `layers`."""
+    """Gradient of the log-probability of the most likely next token, with respect to `wrt` at `layers`.
+
+    Result: `Reading`.
+    """
 
     wrt: str
     """"attention" or "pixels"."""
@@ -185,12 +198,12 @@ class Gradient(_Prompted):
 
 @dataclass(frozen=True)
 class Match(_Prompted):
-    """How well a text matches an image, by an image-text model."""
+    """How well a text matches an image, by an image-text model. Result: float, a probability."""
 
 
 @dataclass(frozen=True)
 class Embed(_Prompted):
-    """Embedding of an image or a text."""
+    """Embedding of an image or a text. Result: f32 [D], of length 1."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +212,9 @@ class Reply:
 
     text: str
     ids: tuple[int, ...]
-    """Generated tokens, without the end of text."""
+    """Generated tokens, without the end of text and what a stop string cut."""
+    generated: int = field(default=0, repr=False, compare=False)
+    """How many tokens were generated: those, too."""
     state: Any = field(default=None, repr=False, compare=False)
     """The engine's own, where the request said `keep`."""
 
@@ -210,8 +225,8 @@ class Reading:
 
     value: Any
     """What the reduction returned, or `Readouts` without the batch axis."""
-    geometries: tuple[Any, ...]
-    """One `Geometry` per image of the request."""
+    geometries: tuple[Geometry, ...]
+    """One per image of the request."""
     state: Any = field(default=None, repr=False)
 
 
@@ -231,14 +246,17 @@ NO_PASSES = Passes()
 
 @dataclass(frozen=True)
 class Cost:
-    """What one sample cost, counted by the engine: logical, as if it had been run alone and nothing were shared."""
+    """What one sample cost, counted by the engine: logical, as if its requests had been run one by one.
+
+    Only an image's encoding is shared: it counts once per sample, which is how every implementation runs it.
+    """
 
     passes: dict[str, int] = field(default_factory=dict)
     """Forward passes by kind of request."""
     images: int = 0
     """Image encodings."""
     tokens: int = 0
-    """Generated tokens."""
+    """Generated tokens, each reply's end of text included."""
     flops: int = 0
     """Analytic floating-point operations."""
 
@@ -296,7 +314,7 @@ class Answer:
 
 
 def as_tuple(images: Any) -> tuple[Any, ...]:
-    """One image (a PIL image, an array, a path, bytes) or a sequence of them, as a tuple."""
+    """One image (a PIL image, an array, a path, bytes) or a sequence of them, as a tuple. UserError for None."""
     if isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray)):
         return tuple(images)
     if images is None:

@@ -1,5 +1,6 @@
 """The engine's rules, on a tiny random LLaVA: what a row's result depends on, in which order, at what cost."""
 
+import functools
 import threading
 from dataclasses import replace
 
@@ -12,11 +13,13 @@ from PIL import Image
 from tiny import tiny_llava
 
 import jaxvqa
+from jaxvqa import engine as engine_module
 from jaxvqa import handlers
 from jaxvqa.engine import Engine
 from jaxvqa.errors import JaxVQAError, UserError
+from jaxvqa.handlers import State
 from jaxvqa.prompts import GENERAL_QUESTION, render
-from jaxvqa.requests import Answer, Call, Continue, Generate, Gradient, Passes, Read, Sample, Score, YesNo
+from jaxvqa.requests import Answer, Call, Continue, Generate, Gradient, Passes, Read, Reply, Sample, Score, YesNo
 from jaxvqa.taps import Edit, Plugin, ReadSpec, Tap, Taps
 
 LENGTHS = (128, 192)
@@ -239,6 +242,9 @@ def test_an_error_goes_to_the_generator_whose_request_it_is_and_nothing_else_sto
         (lambda s: Read(s.image, prompt("What?"), ReadSpec((3,), frozenset({"rows"}))), "layers 0 to 2"),
         (lambda s: Read(s.image, prompt("What?"), ROWS, rows="zebra"), "'zebra' .* is not in the prompt"),
         (lambda s: Read(s.image, prompt("What?"), ROWS, rows=(7, 900)), "900.* are not positions"),
+        (lambda s: Read(s.image, prompt("What?"), ROWS, rows="<image>"), "'<image>' names no token of text"),
+        (lambda s: Read((), prompt("What?", 0), ROWS, reduce=attention), "image 0 of a request with 0 images"),
+        (lambda s: Continue(Reply("", (), 1, State("tiny", np.zeros(1), 1, None, 1)), model="big"), "ran on 'tiny'"),
         (lambda s: Read(s.image, prompt("What?"), ReadSpec(), keep=True), "nothing is left to continue"),
         (lambda s: Generate(s.image, prompt("What?"), keep=True, taps=lean), "does not go with taps"),
         (lambda s: Score(s.image, prompt("What?"), ()), "at least one option"),
@@ -289,6 +295,86 @@ def test_out_of_memory_at_one_row_is_that_rows_error(vlm, monkeypatch):
         jaxvqa.ask(vlm, picture(0), "What?")
 
 
+def test_two_batches_in_flight_that_run_out_of_memory_halve_the_size_once(vlm, monkeypatch):
+    """Both were started at 4 rows; memory runs out only when their results are awaited."""
+    generate, waiting = handlers._generate, []
+
+    def late(engine, model, size, *args):
+        collect = generate(engine, model, size, *args)
+
+        def fail():
+            waiting.append(size)
+            raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+        return fail if size > 2 else collect
+
+    monkeypatch.setattr(handlers, "_generate", late)
+    samples = [Sample(picture(n), "What?", id=str(n)) for n in range(8)]
+    engine = Engine(vlm, batch_size=4, lengths=LENGTHS)
+    with pytest.warns(UserWarning) as warned:
+        found = list(engine.run(samples, jaxvqa.methods.Vanilla(template="vicrop_hf", max_new_tokens=NEW)))
+    assert [str(w.message) for w in warned] == ["out of memory: generate now runs in batches of 2, not 4"]
+    assert waiting == [4, 4] and all(answer.error is None for answer in found)
+
+
+def test_no_sample_begins_while_kept_caches_exceed_their_bytes(vlm):
+    """The first keeps a cache through twenty rounds, in which the others would come and go."""
+    begun, meanwhile = [], {}
+
+    def method(sample, case):
+        begun.append(sample.id)
+        if sample.id == "0":
+            reply = yield Generate(sample.image, prompt("What?"), max_new_tokens=NEW, keep=True)
+            before = len(begun)
+            for _ in range(20):
+                yield Call(len, (reply.text,))
+            meanwhile[case] = len(begun) - before
+        yield Call(len, ("abc",))
+        return Answer("x")
+
+    samples = [Sample(picture(0), "What?", id=str(n)) for n in range(9)]
+    for case, limit in (("bounded", 1), ("free", 1 << 30)):
+        begun.clear()
+        answers(vlm, samples, functools.partial(method, case=case), batch_size=1, cache_bytes=limit)
+    assert meanwhile["bounded"] == 0 < meanwhile["free"]
+
+
+class Unprintable:
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+def test_a_result_that_cannot_be_logged_is_its_own_requests_error_and_no_other(vlm):
+    received = []
+
+    def method(sample):
+        received.append((sample.id, (yield Call(make, (sample.id,)))))
+        return Answer("fine")
+
+    def make(name):
+        return Unprintable() if name == "1" else name
+
+    found = list(Engine(vlm, batch_size=4).run([Sample(picture(0), "?", id=str(n)) for n in range(3)], method))
+    assert [answer.text for answer in found] == ["fine", "", "fine"]
+    assert received == [("0", "0"), ("2", "2")]
+    assert str(found[1].error) == "no words" and found[1].cost.passes == {}
+
+
+def test_shared_results_put_twice_count_once():
+    shared = engine_module._Shared(1000)
+    for _ in range(3):
+        shared.put("image", np.zeros(100, np.uint8))
+        assert shared.bytes == 100
+    shared.put("other", np.zeros(950, np.uint8))
+    assert list(shared.items) == ["other"] and shared.bytes == 950
+
+
+@pytest.mark.parametrize("lengths", [(), (128, 64), (64, 64), (0, 64)])
+def test_lengths_that_do_not_ascend_are_refused(vlm, lengths):
+    with pytest.raises(UserError, match="expected at least one, ascending"):
+        Engine(vlm, lengths=lengths)
+
+
 def test_a_sampled_answer_depends_on_its_sample_and_request_alone(vlm):
     def method(sample):
         request = Generate(sample.image, prompt("What?"), max_new_tokens=NEW, temperature=2.0)
@@ -331,6 +417,46 @@ def test_yes_no_is_the_confidence_of_the_two_words(vlm):
     [(confidence, last)] = collected(vlm, [sample], requests)
     yes, no = (last.value[vlm.reply_ids(word)[0]] for word in ("Yes", "No"))
     np.testing.assert_allclose(confidence, np.tanh((yes - no) / 2), atol=EXACT)
+
+
+def test_words_that_begin_alike_are_no_yes_and_no(vlm, monkeypatch):
+    monkeypatch.setattr(type(vlm), "reply_ids", lambda self, text: [5, 6, 7])
+    with pytest.raises(JaxVQAError, match=r"tiny: its tokenizer \(.*\) begins Yes and No with the same token 5"):
+        collected(vlm, [Sample(picture(0), "?")], lambda s: YesNo(s.image, prompt("Is it?")))
+
+
+@pytest.mark.parametrize(
+    ("said", "stop", "text", "left"),
+    [
+        ("\nfoo", ("\n",), "", ""),
+        ("foo\nbar", ("\n",), "foo", "foo"),
+        ("foo\n", ("\n",), "foo", "foo"),
+        (" foo\n", ("\n", "bar"), "foo", " foo"),
+        ("foo bar foo", ("foo bar", "bar"), "", ""),
+        ("foo", ("\n",), "foo", "foo"),
+        ("", ("\n",), "", ""),
+    ],
+)
+def test_a_stop_string_cuts_text_and_tokens_wherever_it_stands(vlm, said, stop, text, left):
+    ids = vlm.tokenizer.encode(said, add_special_tokens=False)
+    row = handlers._Said(np.array([1, 7], np.int32), 0, (0, 0), stop)
+    reply = handlers._reply("tiny", vlm, row, [*ids, vlm.eos_ids[0]], handlers.Kept(None, None, None, None))
+    assert reply.text == text
+    assert vlm.tokenizer.decode(reply.ids) == left
+    assert reply.state.ids.tolist() == [1, 7, *reply.ids]
+    assert reply.state.cached == min(len(ids) + 2, len(reply.ids) + 2)
+    assert reply.generated == len(ids) + 1
+
+
+def test_costs_count_what_a_stop_string_cut(vlm):
+    def method(sample):
+        full = yield Generate(sample.image, prompt("What?"), max_new_tokens=NEW)
+        stop = (vlm.tokenizer.decode(full.ids[1:2]),) if sample.id == "cut" else ()
+        reply = yield Generate(sample.image, prompt("What?"), max_new_tokens=NEW, stop=stop)
+        return Answer(str(len(reply.ids)))
+
+    cut, whole = answers(vlm, [Sample(picture(0), "?", id=name) for name in ("cut", "whole")], method)
+    assert int(cut.text) < int(whole.text) and cut.cost == whole.cost
 
 
 def test_a_further_turn_is_answered_as_the_whole_conversation(vlm):
@@ -530,6 +656,21 @@ def test_passes_and_costs_are_counted_by_the_engine(vlm):
     assert answer.cost.flops == expected
     vanilla = answers(vlm, [Sample(picture(0), "What is it?")], jaxvqa.methods.Vanilla(max_new_tokens=NEW))[0]
     assert vanilla.forward_passes == Passes(search=0, final=1)
+
+
+def test_the_engines_flops_cover_those_of_scored_options(vlm):
+    sample, engine = Sample(picture(0), "What?"), Engine(vlm, batch_size=1, lengths=LENGTHS)
+
+    def method(sample):
+        yield Score(sample.image, prompt("What?"), ("red", "a dark blue plate", "x"))
+        return Answer("x")
+
+    cost = next(engine.run([sample], method)).cost
+    family = handlers.family_of(vlm.config)
+    slots = 4 * handlers.bucket(len(vlm.reply_ids("a dark blue plate")), handlers.SHORT, "an option")
+    options = family.flops(vlm.config, slots, 128 + slots, logits=slots)
+    prompt_flops = family.flops(vlm.config, 128, 64)
+    assert engine.stats.flops == family.image_flops(vlm.config) + prompt_flops + options > cost.flops
 
 
 def test_several_models_answer_side_by_side(vlm, tmp_path):

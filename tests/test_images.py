@@ -28,8 +28,14 @@ def test_path_string_bytes_pil_image_and_array_give_the_same_pixels(tmp_path):
     image = Image.fromarray(GRADIENT)
     path = tmp_path / "gradient.png"
     image.save(path)
-    for source in (path, str(path), path.read_bytes(), image, GRADIENT):
+    for source in (path, str(path), path.read_bytes(), bytearray(path.read_bytes()), image, GRADIENT):
         assert np.array_equal(pixels(source), GRADIENT)
+
+
+@pytest.mark.parametrize("source", [5, None, [GRADIENT], 1.5])
+def test_what_is_no_image_at_all_is_refused(source):
+    with pytest.raises(ImageError, match=f"cannot be a {type(source).__name__}; expected a path"):
+        open_image(source)
 
 
 def test_a_missing_file_is_named():

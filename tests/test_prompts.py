@@ -345,5 +345,14 @@ def test_counts_and_stray_image_tokens_are_checked():
         tokenise(tokenizer, render("vicuna_v1", "What ?"), question_mark, P)
 
 
+@pytest.mark.parametrize(
+    ("role", "turns", "options"),
+    [("assistant", ["What?", "An <image>.", "Why?"], ()), ("ending", "Which?", ("<image>", "red"))],
+)
+def test_only_questions_may_hold_the_marker(role, turns, options):
+    with pytest.raises(UserError, match=f"the {role} text .* contains <image>"):
+        render("vicuna_v1", turns, ending="mcq_letter" if options else "open", options=options)
+
+
 def test_every_ending_of_the_table_is_named_once():
     assert set(ENDINGS) >= {"short", "mcq_letter", "hrbench_letter", "hrbench_official", "mme_realworld", "open"}

@@ -22,12 +22,26 @@ def test_one_image_is_a_list_of_one():
         assert Generate(given_, "?").images == (IMAGE,)
     assert Sample("a.png", "?").images == ("a.png",)
     assert Sample(b"bytes", "?").images == (b"bytes",)
+    assert Sample(bytearray(b"bytes"), "?").images == (b"bytes",)
     assert Generate((), "?").images == ()
 
 
 def test_no_image_at_all_is_refused():
     with pytest.raises(UserError, match="no image"):
         Sample(None, "?")
+
+
+def test_what_needs_an_image_says_so_where_there_is_none():
+    with pytest.raises(UserError, match="sample '7' has no image"):
+        _ = Sample((), "?", id="7").image
+    row = Row(jnp.zeros(1, int), jnp.int32(4), jnp.zeros(1, int), jnp.ones(1, bool), None, None, (2, 2), 4)
+    with pytest.raises(UserError, match="image 1 of a request with 1 images"):
+        row.on_image(jnp.zeros(4), 1)
+
+
+def test_a_samples_id_is_text():
+    assert Sample(IMAGE, "?", id=5).id == "5"
+    assert Sample(IMAGE, "?", id=None).id == ""
 
 
 def test_requests_are_frozen_and_name_their_model():

@@ -219,7 +219,7 @@ def write_tokenizer(folder, image_token=True):
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(
+    tokenizer.train_from_iterator([TEXT, " Yes No" * 9], trainers.BpeTrainer(
         vocab_size=IMAGE_TOKEN_ID, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     ))  # fmt: skip

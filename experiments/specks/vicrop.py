@@ -17,39 +17,18 @@ from pathlib import Path
 import jax
 
 import jaxvqa
+from jaxvqa.bundled import SPECKS_LLAVA
 from jaxvqa.engine import Engine
 from jaxvqa.methods.controls import RandomCrop, TruthCrop
 from jaxvqa.methods.vanilla import Vanilla
 from jaxvqa.methods.vicrop import Vicrop
-from jaxvqa.requests import Answer, Sample
-from jaxvqa.specks.questions import has_rivals, read_question
-from jaxvqa.specks.scenes import SIZE, scene
+from jaxvqa.requests import Sample
+from jaxvqa.specks import SIZE
+from jaxvqa.specks.evaluation import covers, reading_samples, right
 
-BUNDLED = Path(jaxvqa.__file__).parent / "assets" / "specks-llava"
 SEED = 3  # of the test scenes; training and development have their own
 COLUMNS = ("accuracy", "coverage", "crop's share", "passes", "GFLOPs", "latency, one by one", "questions/s, in batches")
 TIMED = 16  # questions whose latency is measured, one at a time
-
-
-def samples(count: int, seed: int) -> list[Sample]:
-    """One reading question per scene, about a plate with rivals of its colour and of its shape."""
-    made = []
-    for index in range(count):
-        drawn = scene(seed, index)
-        question = read_question(next(plate for plate in drawn.plates if has_rivals(plate, drawn.plates)))
-        sample = Sample(drawn.picture, question.text, f"{seed}/{index}", box=question.box, answer=question.answer)
-        made.append(sample)
-    return made
-
-
-def right(answer: Answer, sample: Sample) -> bool:
-    return answer.text.strip().rstrip(".").upper() == sample.answer.upper()
-
-
-def holds(box: Sequence[float], target: Sequence[float]) -> bool:
-    """Whether the crop holds at least half of the target."""
-    width, height = (max(0, min(box[i + 2], target[i + 2]) - max(box[i], target[i])) for i in (0, 1))
-    return 2 * width * height >= (target[2] - target[0]) * (target[3] - target[1])
 
 
 def share(box: Sequence[float]) -> float:
@@ -78,7 +57,7 @@ def measure(vlm, method, questions: list[Sample], batch_size: int) -> dict:
         "options": answers[0].record()["options"],
         "right": sum(right(answer, q) for answer, q in zip(answers, questions, strict=True)),
         "questions": len(questions),
-        "coverage": statistics.fmean(holds(*pair) for pair in crops) if crops else None,
+        "coverage": statistics.fmean(covers(*pair) for pair in crops) if crops else None,
         "crop_share": statistics.fmean(share(box) for box, _ in crops) if crops else None,
         "passes": statistics.fmean(answer.forward_passes.total for answer in answers),
         "flops": statistics.fmean(answer.cost.flops for answer in answers),
@@ -107,7 +86,7 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default=str(BUNDLED))
+    parser.add_argument("--model", default=str(SPECKS_LLAVA))
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--seed", type=int, default=SEED, help="of the scenes; %(default)s is the test set")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -115,7 +94,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
 
-    vlm, questions = jaxvqa.load(args.model), samples(args.questions, args.seed)
+    vlm, questions = jaxvqa.load(args.model), reading_samples(args.seed, args.questions)
     methods = [Vanilla(max_new_tokens=20), RandomCrop(), Vicrop(), TruthCrop()]
     if args.layers:
         methods = [Vicrop(layer=layer) for layer in range(vlm.config.decoder.num_layers)]

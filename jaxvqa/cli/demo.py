@@ -11,11 +11,12 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxvqa.bundled import SPECKS_LLAVA
 from jaxvqa.cli.ask import summary
-from jaxvqa.cli.model import BUNDLED
 from jaxvqa.cli.output import box_text, error_text, mark, progress, shortened, table
 from jaxvqa.errors import UserError
 
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     progress(f"drawing {args.samples} scenes")
     samples = held_out(args.samples)
     progress("loading the bundled model")
-    vlm = jaxvqa.load(BUNDLED)
+    vlm = jaxvqa.load(SPECKS_LLAVA)
     answers: dict[str, list[Answer]] = {}
     for method in METHODS:
         progress(f"asking {method} (the first answers wait for compilation)")
@@ -67,35 +68,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def held_out(count: int) -> "list[Sample]":
-    """One reading question per scene, about a plate that has rivals of its colour and of its shape."""
-    from jaxvqa.requests import Sample
-    from jaxvqa.specks import scene
-    from jaxvqa.specks.questions import has_rivals, read_question
+    """Reading questions, numbered as the pictures that are written."""
+    from jaxvqa.specks.evaluation import reading_samples
 
-    samples = []
-    for index in range(count):
-        drawn = scene(SEED, index)
-        question = read_question(next(plate for plate in drawn.plates if has_rivals(plate, drawn.plates)))
-        samples.append(
-            Sample((drawn.picture,), question.text, f"{index + 1:02d}", box=question.box, answer=question.answer)
-        )
-    return samples
-
-
-def right(answer: "Answer", sample: "Sample") -> bool:
-    """Whether the text is the character, whatever its case and a full stop."""
-    return answer.text.strip().rstrip(".").upper() == str(sample.answer).upper()
-
-
-def covers(box: Sequence[float], target: Sequence[float]) -> bool:
-    """Whether a box holds at least half of the target's area."""
-    width = min(box[2], target[2]) - max(box[0], target[0])
-    height = min(box[3], target[3]) - max(box[1], target[1])
-    return max(width, 0) * max(height, 0) >= (target[2] - target[0]) * (target[3] - target[1]) / 2
+    return [replace(sample, id=f"{n:02d}") for n, sample in enumerate(reading_samples(SEED, count), 1)]
 
 
 def questions_table(samples: "Sequence[Sample]", answers: "dict[str, list[Answer]]") -> str:
     """A line per question: the truth, each method's answer with its mark and passes, and where it looked."""
+    from jaxvqa.specks.evaluation import right
+
     rows = []
     for sample, *given in zip(samples, *answers.values(), strict=True):
         cells = [f"{shortened(answer.text)} {mark(right(answer, sample))}" for answer in given]
@@ -107,6 +89,8 @@ def questions_table(samples: "Sequence[Sample]", answers: "dict[str, list[Answer
 
 def methods_table(samples: "Sequence[Sample]", answers: "dict[str, list[Answer]]") -> str:
     """A line per method: right answers, crops that hold the plate, passes per question."""
+    from jaxvqa.specks.evaluation import covers, right
+
     rows = []
     for method, given in answers.items():
         pairs = list(zip(given, samples, strict=True))
@@ -154,6 +138,8 @@ def record(
     model: str, page: Path, samples: "Sequence[Sample]", answers: "dict[str, list[Answer]]", pictures: Sequence[Path]
 ) -> dict[str, object]:
     """What `--json` prints."""
+    from jaxvqa.specks.evaluation import right
+
     return {
         "model": model,
         "page": str(page),
@@ -178,6 +164,7 @@ def record(
 def _entry(sample: "Sample", answers: "Sequence[Answer]") -> "Entry":
     from jaxvqa.images import crop
     from jaxvqa.report.page import Entry, Outcome
+    from jaxvqa.specks.evaluation import right
 
     looked = answers[-1]
     pictures = [

@@ -126,12 +126,12 @@ def bundled_model() -> list[Check]:
         import jax
 
         import jaxvqa
-        from jaxvqa.cli.model import BUNDLED
+        from jaxvqa.bundled import SPECKS_LLAVA
 
         start = time.perf_counter()
-        vlm = jaxvqa.load(BUNDLED)
+        vlm = jaxvqa.load(SPECKS_LLAVA)
         size = sum(leaf.size for leaf in jax.tree.leaves(vlm.params))
-        return f"{BUNDLED.name}: {size / 1e6:.1f} M parameters, loaded in {time.perf_counter() - start:.1f} s"
+        return f"{SPECKS_LLAVA.name}: {size / 1e6:.1f} M parameters, loaded in {time.perf_counter() - start:.1f} s"
 
     return [_try("model", "bundled", load, core=True)]
 

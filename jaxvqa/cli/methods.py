@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def detail(name: str, kind: type) -> str:
+def detail(name: str, kind: typing.Any) -> str:
     """One method: what it does, where it comes from, and its options with type, default and meaning."""
     meanings = attribute_docs(kind)
     rows = [
@@ -46,22 +46,23 @@ def detail(name: str, kind: type) -> str:
     return f"{head}\n\n{table(('option', 'type', 'default', 'meaning'), rows)}"
 
 
-def summary(kind: type) -> str:
+def summary(kind: typing.Any) -> str:
     return (inspect.getdoc(kind) or "").partition("\n")[0].rstrip(".")
 
 
-def options(kind: type) -> list[tuple[dataclasses.Field, str, object]]:
+def options(kind: typing.Any) -> list[tuple[dataclasses.Field, str, object]]:
     """(field, default as typed on the command line, annotated type) of each option of a method."""
-    hints = typing.get_type_hints(kind)
-    found = []
-    for field in dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ():
+    if not dataclasses.is_dataclass(kind):
+        return []
+    hints, found = typing.get_type_hints(kind), []
+    for field in dataclasses.fields(kind):
         made = field.default_factory() if field.default_factory is not dataclasses.MISSING else "required"
         default = made if field.default is dataclasses.MISSING else field.default
         found.append((field, _typed(default), hints[field.name]))
     return found
 
 
-def attribute_docs(kind: type) -> dict[str, str]:
+def attribute_docs(kind: typing.Any) -> dict[str, str]:
     """The strings that follow the fields of a class, which Python itself throws away."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     return {

@@ -1,20 +1,19 @@
 """Which model a command runs: `--model` and what loading it takes; the bundled one by default."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from jaxvqa.bundled import SPECKS_LLAVA
 
 if TYPE_CHECKING:
     from jaxvqa.vlm import VLM
-
-BUNDLED = Path(__file__).parent.parent / "assets" / "specks-llava"
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
-        default=str(BUNDLED),
+        default=str(SPECKS_LLAVA),
         metavar="M",
         help="converted or Hugging Face folder, or hub id; default: bundled",
     )

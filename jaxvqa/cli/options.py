@@ -11,10 +11,14 @@ from jaxvqa.methods import method_name, unknown
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-def parse_options(options: type, pairs: Sequence[str]) -> dict[str, object]:
-    """The keyword arguments for the dataclass `options` that the strings `k=v` say; raises UserError on any fault."""
-    hints = typing.get_type_hints(options)
-    known = {field.name: hints[field.name] for field in dataclasses.fields(options) if field.init}
+def parse_options(options: typing.Any, pairs: Sequence[str]) -> dict[str, object]:
+    """The keyword arguments for the dataclass `options` that the strings `k=v` say; raises UserError on any fault.
+
+    Anything else (a plain generator function) has no options.
+    """
+    fields = dataclasses.fields(options) if dataclasses.is_dataclass(options) else ()
+    hints = typing.get_type_hints(options) if fields else {}
+    known = {field.name: hints[field.name] for field in fields if field.init}
     parsed = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")

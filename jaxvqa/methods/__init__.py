@@ -2,7 +2,7 @@
 
 A method is any callable that takes a `requests.Sample` and returns a generator of requests. Ours are frozen dataclasses
 of options whose `__call__` is that generator; a user's plain generator function serves as well. Packages add methods
-through the entry point group `jaxvqa.methods`: a name, and such a dataclass.
+through the entry point group `jaxvqa.methods`: a name, and such a dataclass or function.
 """
 
 import dataclasses
@@ -47,8 +47,11 @@ def names() -> list[str]:
     return [*BUILTIN, *sorted(set(_plugins()) - set(BUILTIN))]
 
 
-def get(name: str) -> type:
-    """The options class of a method by its name; UserError with the close matches otherwise."""
+def get(name: str) -> Any:
+    """A method by its name: its options class, or a package's generator function.
+
+    Raises UserError, with the close matches, for an unknown name.
+    """
     if name in BUILTIN:
         module, _, attribute = BUILTIN[name].partition(":")
         return getattr(importlib.import_module(module), attribute)
@@ -89,7 +92,7 @@ def bind(method: Any, facts: Facts) -> Any:
     return method.bind(facts, PRESETS.get((method_name(method), facts.name), {}))
 
 
-def method_name(method: Callable) -> str:
+def method_name(method: Any) -> str:
     """The name under which a method is recorded."""
     if isinstance(method, functools.partial):
         return method_name(method.func)

@@ -2,6 +2,7 @@
 
 import pytest
 
+import jaxvqa
 from jaxvqa.convert import ConversionError, resolve
 from jaxvqa.convert.source import FILES
 
@@ -16,6 +17,15 @@ def message_of(*args, **kwargs):
 def test_a_folder_is_itself(tmp_path):
     assert resolve(tmp_path) == tmp_path
     assert resolve(str(tmp_path)) == tmp_path
+
+
+def test_a_home_folder_is_found_wherever_a_source_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "converted").mkdir()
+    (tmp_path / "converted" / "jaxvqa.json").write_text('{"format": 0}')
+    assert resolve("~/converted") == tmp_path / "converted"
+    with pytest.raises(ConversionError, match="incomplete converted folder"):
+        jaxvqa.convert.load("~/converted")
 
 
 def test_a_missing_folder_is_one_clear_line(tmp_path):

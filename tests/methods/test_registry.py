@@ -6,6 +6,8 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from jaxvqa import methods
+from jaxvqa.cli import main
+from jaxvqa.cli.ask import configure
 from jaxvqa.errors import UserError
 from jaxvqa.methods import Facts
 
@@ -80,6 +82,22 @@ def test_packages_add_methods_by_entry_point(monkeypatch):
         assert methods.get("fractions").__name__ == "Fraction"
     finally:
         methods._plugins.cache_clear()
+
+
+def plain(sample):
+    """Says nothing."""
+    yield from ()
+
+
+def test_a_package_may_add_a_plain_generator_function(monkeypatch, capsys):
+    point = EntryPoint("plain", f"{__name__}:plain", methods.GROUP)
+    monkeypatch.setattr(methods, "_plugins", lambda: {"plain": point})
+    monkeypatch.setattr(EntryPoint, "load", lambda self: plain)
+    assert methods.resolve("plain") is plain and configure("plain", []) is plain
+    with pytest.raises(UserError, match=r"unknown option 'layer' of method plain \(known: none\)"):
+        configure("plain", ["layer=3"])
+    assert main(["methods"]) == main(["methods", "plain"]) == 0
+    assert capsys.readouterr().out.count("Says nothing") == 2
 
 
 def test_a_users_function_is_a_method_with_its_options():

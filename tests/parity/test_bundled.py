@@ -1,18 +1,16 @@
 """The bundled model is an ordinary HF checkpoint: transformers loads it, and answers as we do."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 import jaxvqa
+from jaxvqa.bundled import SPECKS_LLAVA as FOLDER
 from jaxvqa.prompts import render
 from jaxvqa.specks import scene
 from jaxvqa.specks.questions import questions
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
-FOLDER = Path(jaxvqa.__file__).parent / "assets" / "specks-llava"
 QUESTIONS = 50
 HELD_OUT = 977
 NEW_TOKENS = 12
