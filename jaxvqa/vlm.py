@@ -286,7 +286,6 @@ def load(
 
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     config, params, folder = load_weights(source, revision=revision, dtype=dtype, mesh=mesh, offline=offline, **kwargs)
-    folder = Path(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
     return VLM(
@@ -294,7 +293,7 @@ def load(
         params,
         tokenizer,
         image_processor,
-        name=Path(source).name if Path(source).exists() else str(source),
+        name=local.name if (local := Path(source).expanduser()).exists() else str(source),
         image_setup=image_setup,
         attention=attention,
         eos_ids=_eos_ids(folder, tokenizer),

@@ -95,7 +95,7 @@ def main() -> None:
     args = parser.parse_args()
 
     vlm, questions = jaxvqa.load(args.model), reading_samples(args.seed, args.questions)
-    methods = [Vanilla(max_new_tokens=20), RandomCrop(), Vicrop(), TruthCrop()]
+    methods = [Vanilla(template=Vicrop.template, max_new_tokens=20), RandomCrop(), Vicrop(), TruthCrop()]
     if args.layers:
         methods = [Vicrop(layer=layer) for layer in range(vlm.config.decoder.num_layers)]
     rows = []
