@@ -1,0 +1,252 @@
+"""Train the bundled Specks model in four stages: python experiments/specks/train.py --work /tmp/specks
+
+Stage 1 teaches the tower what each image token shows; stage 2 the decoder to answer about one image, stage 3 about two
+images and step by step, both on a sample of the image tokens; stage 4 repeats it on all of them. Each stage has a time
+budget and can be interrupted and restarted.
+"""
+
+import argparse
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxvqa.decoder import DecoderConfig
+from jaxvqa.models import llava
+from jaxvqa.models.llava import LlavaConfig
+from jaxvqa.specks.questions import OBJECTS, objects_answer
+from jaxvqa.specks.scenes import COLORS, scene
+from jaxvqa.specks.tokenizer import IMAGE, train_tokenizer
+from jaxvqa.specks.views import VIEWS, open_views, render, view_boxes
+from jaxvqa.training import specks
+from jaxvqa.training.loop import fit, restore, start
+from jaxvqa.training.optimizer import apply, optimizer, warmup_linear
+from jaxvqa.vision.clip import ClipConfig
+
+SEED, SCENES = 1, 32000
+CROWD_SEED, CROWDED, CROWD = 5, 12000, 28
+GRID = 16
+EXAMPLES = [
+    (f"Question: {question}\n{OBJECTS}", objects_answer(needs, purpose))
+    for question, needs, purpose in (
+        ("What colour is the dog's collar?", "dog with a collar", "determine the color"),
+        (
+            "Is the red bicycle on the left or the right of the blue van?",
+            "red bicycle and blue van",
+            "compare the positions",
+        ),
+        ("What is written on the sign above the shop door?", "sign above the shop door", "read the text"),
+        (
+            "Is the man with the umbrella in front of or behind the woman with the white hat?",
+            "man with the umbrella and woman with the white hat",
+            "compare the positions",
+        ),
+        ("Which animal is printed on the green flag?", "green flag", "determine the animal"),
+        ("How many boats are in the picture?", "all boats", "count the boats"),
+    )
+]
+
+
+def model_config(vocab_size: int, image_token_id: int) -> LlavaConfig:
+    """The bundled model: CLIP 4 x 192 at 128 px, Llama 6 x 192, tied."""
+    return LlavaConfig(
+        vision=ClipConfig(128, 8, 192, 512, 4, 3, 1e-5, "quick_gelu"),
+        decoder=DecoderConfig(
+            num_layers=6,
+            width=192,
+            mlp_width=512,
+            num_heads=3,
+            num_kv_heads=3,
+            head_dim=64,
+            vocab_size=vocab_size,
+            max_length=2048,
+            rope_theta=10000.0,
+            rope_factor=1.0,
+            norm_eps=1e-5,
+            qkv_bias=False,
+            qk_norm=False,
+            tied=True,
+        ),
+        image_token_id=image_token_id,
+        feature_layers=(-1,),
+        select="default",
+        projector_activation="gelu",
+        projector_bias=True,
+    )
+
+
+@lru_cache(maxsize=256)
+def _scene(seed: int, index: int, crowd: int | None):
+    made = scene(seed, index, crowd)
+    return made, view_boxes(made)
+
+
+@dataclass(frozen=True)
+class Views:
+    """Rendered views in an endless order: the four views of a scene, then those of the next."""
+
+    images: np.ndarray
+    seed: int
+    crowd: int | None = None
+
+    def pick(self, number: int):
+        index, n = divmod(number % (len(self.images) * VIEWS), VIEWS)
+        made, boxes = _scene(self.seed, index, self.crowd)
+        return made, boxes[n], self.images[index, n]
+
+
+def rendered(path: Path, count: int, seed: int, crowd: int | None = None) -> np.ndarray:
+    """The views of `count` scenes, rendered into `path` by two processes unless that was finished before."""
+    done = path.with_suffix(".done")
+    if not done.exists():
+        open_views(path, count, mode="r+")
+        halves = [(0, count // 2), (count // 2, count)]
+        with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+            make = partial(scene, crowd=crowd)
+            list(pool.map(render, [make] * 2, [seed] * 2, *zip(*halves, strict=True), [path] * 2, [count] * 2))
+        done.touch()
+    return open_views(path, count)
+
+
+def cells_of(picks) -> specks.Cells:
+    """Dense targets of some views."""
+    columns = zip(*(specks.cells(made.plates, box, GRID) for made, box, _ in picks), strict=True)
+    return specks.Cells(*(np.stack(c).astype(np.float32 if i > 3 else np.int32) for i, c in enumerate(columns)))
+
+
+def dense_batch(plain: Views, crowded: Views, batch: int, step: int):
+    """Two thirds crowded scenes, one third ordinary ones."""
+    few = batch // 12 * VIEWS
+    picks = [plain.pick(step * few + i) for i in range(few)]
+    picks += [crowded.pick(step * (batch - few) + i) for i in range(batch - few)]
+    return np.stack([image for *_, image in picks]), cells_of(picks)
+
+
+def packed_batch(items, packer: specks.Packer, predictions: int, sparse: bool, step: int):
+    """Images and packed rows of (picks, row) items; a row shows its picks in order.
+
+    sparse: rows hold the image tokens of the plates (at most 64 an image) and 16 others, which stand for all; that
+    makes a row two to three times as cheap.
+    """
+    images = np.stack([np.stack([image for *_, image in picks]) for picks, _ in items])
+    rows = []
+    for number, (picks, row) in enumerate(items):
+        shown = picks[: row[0].count(None)]
+        keep = [sparse_tokens(specks.cells(made.plates, box, GRID)[0], number) for made, box, _ in shown]
+        hide = np.random.default_rng((SEED, 6, step, number))
+        rows.append(packer.row(*row, keep=np.concatenate(keep) if sparse and keep else None, hide=hide))
+    return images, packer.stack(rows, predictions)
+
+
+def sparse_tokens(color: np.ndarray, seed: int, plates: int = 64, others: int = 16) -> np.ndarray:
+    """Up to `plates` image tokens on plates and `others` beside them, at random: how many of all each stands for."""
+    rng, keep = np.random.default_rng(seed), np.zeros(len(color))
+    for mine, count in ((color < len(COLORS), plates), (color == len(COLORS), others)):
+        pick = rng.permutation(np.flatnonzero(mine))[:count]
+        keep[pick] = mine.sum() / max(len(pick), 1)
+    return keep
+
+
+def single_batch(views: Views, packer: specks.Packer, batch: int, step: int):
+    """Rows of one view with many questions; each view of a batch from another scene."""
+    items = []
+    for number in range(step * batch, (step + 1) * batch):
+        scene, view = number % len(views.images), (number // len(views.images) + number) % VIEWS
+        pick = views.pick(scene * VIEWS + view)
+        items.append(([pick], specks.single(np.random.default_rng((SEED, 4, number)), *pick[:2], terse=0.7)))
+    return packed_batch(items, packer, 200, True, step)
+
+
+def mixed_batch(views: Views, packer: specks.Packer, sparse: bool, batch: int, step: int):
+    """Rows of one view, of two views, and stepwise; where whole rows fit, some extract targets after examples."""
+    items = []
+    for number in range(step * batch, (step + 1) * batch):
+        rng = np.random.default_rng((SEED, 5, number))
+        whole = views.pick(number * VIEWS)
+        crop = views.pick(number * VIEWS + 1 + int(rng.integers(VIEWS - 1)))
+        form = rng.random()
+        if form < 0.06 and not sparse:
+            items.append(([whole, crop], specks.few_shot(rng, whole[0], EXAMPLES)))
+        elif form < 0.4:
+            first, second = (crop, whole) if rng.random() < 0.25 else (whole, crop)
+            items.append(([first, second], specks.single(rng, *first[:2], terse=0.3)))
+        elif form < 0.8:
+            items.append(([whole, crop], specks.double(rng, whole[0], crop[1])))
+        else:
+            items.append(([crop, whole], specks.stepwise(rng, whole[0], crop[1])))
+    return packed_batch(items, packer, 288, sparse, step)
+
+
+def dense_step(config, words, tx, peak, params, opt_state, batch, progress):
+    """Stage 1: the tower and the connector (and the embeddings they are aligned with)."""
+    images, target = batch
+
+    def loss_of(trained):
+        features = llava.encode_images(trained.model, config, specks.normalise(images), backend="xla")
+        return specks.dense_loss(trained, features, target, words)
+
+    (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    rate = warmup_linear(progress, peak, 0.05)
+    params = apply(params, updates, lambda path: rate)
+    return params, opt_state, metrics | {"loss": loss, "loss#": 1.0}
+
+
+def answer_step(config, words, floor, look, tx, peak, params, opt_state, batch, progress):
+    """Stages 2 to 4: the decoder, on the image tokens that stage 1 has taught; their words move at a quarter's rate."""
+    images, rows = batch
+    count, each = images.shape[:2]
+    pixels = specks.normalise(images).reshape(count * each, *images.shape[2:])
+    features = llava.encode_images(params.model, config, pixels, backend="xla")
+    features = features.reshape(count, each, *features.shape[1:])
+
+    def loss_of(trained):
+        return specks.answer_loss(trained, config, features, rows, words, look)
+
+    (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    rate = warmup_linear(progress, peak, 0.03, floor)
+    scale = {"vision": 0.0, "projector": 0.0, "heads": 0.0, "embed": 0.25}
+    params = apply(params, updates, lambda path: rate * next((scale[p] for p in path if p in scale), 1.0))
+    return params, opt_state, metrics | {"loss": loss, "loss#": 1.0}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder for views, checkpoints and logs")
+    parser.add_argument("--stages", default="1234", help="which stages to run; each goes on from the one before")
+    parser.add_argument("--minutes", type=float, nargs=4, default=(29, 42, 8, 4), help="time budget of each stage")
+    parser.add_argument("--steps", type=int, nargs=4, default=(100_000,) * 4, help="step budget of each stage")
+    args = parser.parse_args()
+    tokenizer = train_tokenizer()
+    words = specks.Words.of(tokenizer)
+    config = model_config(tokenizer.get_vocab_size(), tokenizer.token_to_id(IMAGE))
+    plain = Views(rendered(args.work / "views.u8", SCENES, SEED), SEED)
+    crowded = Views(rendered(args.work / "crowd.u8", CROWDED, CROWD_SEED, CROWD), CROWD_SEED, CROWD)
+    packers = [specks.Packer(tokenizer, GRID * GRID, length) for length in (272, 400, 768)]
+    answer = partial(answer_step, config, words)
+    stages = (
+        (("vision",), partial(dense_step, config, words), 3e-3, partial(dense_batch, plain, crowded, 24)),
+        (("decoder",), partial(answer, 0.5, 0.3), 3e-3, partial(single_batch, plain, packers[0], 24)),
+        (("decoder",), partial(answer, 0.1, 0.1), 2e-3, partial(mixed_batch, plain, packers[1], True, 16)),
+        (("decoder",), partial(answer, 0.02, 0.0), 5e-4, partial(mixed_batch, plain, packers[2], False, 6)),
+    )
+    params = specks.initialise(config, words, jax.random.key(0))
+    for number, (stacks, step, peak, batches) in enumerate(stages, 1):
+        folder = args.work / f"stage{number}"
+        tx = optimizer(params, stacks)
+        state = start(params, tx.init(params))
+        if str(number) in args.stages:
+            budget = {"steps": args.steps[number - 1], "seconds": 60 * args.minutes[number - 1]}
+            state = fit(state, partial(step, tx, peak), batches, folder, **budget)
+        else:
+            state = restore(folder, state) or state
+        params = state.params
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Training: one restartable loop, an optimiser, and the Specks objectives."""
