@@ -12,6 +12,7 @@ def test_the_rate_rises_to_its_peak_and_falls_to_the_floor():
     assert rates == pytest.approx([0.0, 1.0, 2.0, 1.02, 0.04])
 
 
+@pytest.mark.slow
 def test_muon_updates_of_block_matrices_are_orthogonal_and_of_adam_size():
     params = initialised()
     tx = optimizer(params, weight_decay=0.0)

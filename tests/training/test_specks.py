@@ -163,6 +163,7 @@ def test_what_is_visible_decides_how_a_missed_plate_weighs():
     assert {a.weight for a in found if a.kind == "blind"} == {0.1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["dense", "single", "double", "stepwise", "few_shot"])
 def test_three_steps_of_each_form_lower_its_loss(form):
     params, pairs = initialised(), views_of(4)
