@@ -602,7 +602,7 @@ def doubling(params, cut, stream, carry):
 def test_plugins_run_in_prefill_and_decode(vlm):
     sample = Sample(picture(2), "What is it?")
     texts = []
-    for factor in (1.0, 2.0):
+    for factor in (1.0, -3.0):
         plugin = Plugin(doubling, cuts=(1,), params=jnp.float32(factor))
         request = Generate(sample.image, prompt(sample.question), max_new_tokens=NEW, plugin=plugin)
         texts.append(collected(vlm, [sample], lambda s, request=request: request)[0].ids)

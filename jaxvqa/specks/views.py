@@ -1,6 +1,7 @@
 """The views of a training scene, and a file of them rendered ahead."""
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -25,8 +26,9 @@ def render(make_scene, seed: int, start: int, stop: int, path: Path, count: int,
             views[index, n] = scene.view(box, size)
 
 
-def open_views(path: Path, count: int, size: int = 128, mode: str = "r") -> UInt8[np.ndarray, "count 4 size size 3"]:
+def open_views(
+    path: Path, count: int, size: int = 128, mode: Literal["r", "r+"] = "r"
+) -> UInt8[np.ndarray, "count 4 size size 3"]:
     """The file that `render` writes, memory-mapped; created (sparse) if missing."""
-    if mode == "r+" and not path.exists():
-        mode = "w+"
-    return np.memmap(path, np.uint8, mode, shape=(count, VIEWS, size, size, 3))
+    create = mode == "r+" and not path.exists()
+    return np.memmap(path, np.uint8, "w+" if create else mode, shape=(count, VIEWS, size, size, 3))

@@ -1,7 +1,7 @@
 """What a LLaVA learns from Specks: dense targets for the image tokens, and packed question sequences.
 
 Stage 1 names what each image token shows: its cosine with the decoder's own word embeddings tells colour, shape and
-character of the plate in that cell, and through four matrices the numbers of the plate's box. Stages 2 and 3 ask
+character of the plate in that cell, and through four matrices the numbers of the plate's box. Later stages ask
 questions: one row of a batch is an image prefix (segment 0) and many questions, each a segment of its own that sees
 the prefix and itself.
 """
@@ -146,7 +146,8 @@ class Words:
             return np.array(found, np.int32)[:, 0]
 
         spaced = [[f" {w}" for w in group] for group in ((*COLORS, "nothing"), (*SHAPES, "nothing"), CHARACTERS)]
-        return cls(*map(ids, spaced), ids([f"{n:02d}" for n in range(100)]))
+        color, shape, character = map(ids, spaced)
+        return cls(color, shape, character, ids([f"{n:02d}" for n in range(100)]))
 
 
 @register_dataclass

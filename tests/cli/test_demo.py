@@ -35,7 +35,7 @@ def answer(sample, method: str, error: Exception | None = None) -> Answer:
 @pytest.fixture
 def stand_in(monkeypatch):
     monkeypatch.setattr(jaxvqa, "load", lambda path: types.SimpleNamespace(name="stand-in"))
-    monkeypatch.setattr(jaxvqa, "ask_many", lambda vlm, samples, method: (answer(sample, method) for sample in samples))
+    monkeypatch.setattr(jaxvqa, "ask_many", lambda vlm, samples, method, **options: (answer(s, method) for s in samples))
 
 
 def test_scenes_are_the_same_every_time_and_their_plates_have_rivals():
@@ -79,7 +79,7 @@ def test_json_is_one_object_with_an_answer_per_method(stand_in, capsys, tmp_path
 
 
 def test_failed_sample_is_told_and_gives_exit_code_1(monkeypatch, stand_in, capsys, tmp_path):
-    def ask_many(vlm, samples, method):
+    def ask_many(vlm, samples, method, **options):
         return [
             answer(one, method, ValueError("no luck") if i == method.count("i") else None)
             for i, one in enumerate(samples)
