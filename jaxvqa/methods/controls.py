@@ -40,7 +40,7 @@ class RandomCrop:
         (W, H), w, h = sample.image.size, x2 - x1, y2 - y1
         box = (u * (W - w), v * (H - h), u * (W - w) + w, v * (H - h) + h)
         reply = yield from self.like.answer(sample, box)
-        return Answer(reply.text, boxes=[box])
+        return Answer(reply.text, boxes=np.array([box]))
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class TruthCrop:
         assert self.like.base is not None, "bound"
         box = square_around(sample.box, self.like.base, sample.image.size)
         reply = yield from self.like.answer(sample, box)
-        return Answer(reply.text, boxes=[box])
+        return Answer(reply.text, boxes=np.array([box]))
 
 
 def square_around(box: tuple[float, ...], side: float, size: tuple[int, int]) -> tuple[float, float, float, float]:

@@ -55,7 +55,7 @@ class Vicrop:
     def __call__(self, sample: Sample) -> Generator[Any, Any, Answer]:
         box, grid, heatmap = yield from self.locate(sample)
         reply = yield from self.answer(sample, box)
-        return Answer(reply.text, boxes=[box], grid=grid, heatmap=heatmap)
+        return Answer(reply.text, boxes=np.array([box]), grid=grid, heatmap=heatmap)
 
     def locate(self, sample: Sample) -> Generator[Any, Any, tuple[tuple[float, ...], np.ndarray, np.ndarray]]:
         """The search: box in pixels of the first image, importance map on the token grid and in image coordinates."""

@@ -100,7 +100,8 @@ def restore(manager: ocp.CheckpointManager | Path, like: State) -> State | None:
             return restore(opened, like)
     if manager.latest_step() is None:
         return None
-    return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(like))
+    state: Any = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(like))
+    return state
 
 
 def _save(manager: ocp.CheckpointManager, state: State) -> None:

@@ -305,7 +305,7 @@ class Packer:
     def __init__(self, tokenizer: Tokenizer, image_tokens: int, length: int, prompt_weight: float = 0.05):
         self.image_tokens, self.length, self.prompt_weight = image_tokens, length, prompt_weight
         self.encode = lru_cache(1 << 16)(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False).ids))
-        self.bos, self.eos, self.image = map(tokenizer.token_to_id, (BOS, EOS, IMAGE))
+        self.bos, self.eos, self.image = (int(tokenizer.token_to_id(t) or 0) for t in (BOS, EOS, IMAGE))
         numbers = Words.of(tokenizer).number
         self.numbers = frozenset(numbers.tolist())
 

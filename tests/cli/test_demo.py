@@ -35,7 +35,7 @@ def answer(sample, method: str, error: Exception | None = None) -> Answer:
 @pytest.fixture
 def stand_in(monkeypatch):
     monkeypatch.setattr(jaxvqa, "load", lambda path: types.SimpleNamespace(name="stand-in"))
-    monkeypatch.setattr(jaxvqa, "ask_many", lambda vlm, samples, method, **options: (answer(s, method) for s in samples))
+    monkeypatch.setattr(jaxvqa, "ask_many", lambda vlm, samples, method, **_: (answer(s, method) for s in samples))
 
 
 def test_scenes_are_the_same_every_time_and_their_plates_have_rivals():
