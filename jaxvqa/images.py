@@ -199,7 +199,7 @@ def overlay(
     heatmap: np.ndarray | None = None,
     boxes: Sequence | np.ndarray = (),
     *,
-    opacity: float | int = 0.55,
+    opacity: float | int = 0.4,
 ) -> Image.Image:
     """`image` with a heat map blended over it and boxes outlined; a new RGB image of the same size.
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -279,6 +280,8 @@ def load(
     Further arguments go to `jaxvqa.convert.load` (`vision_tower`, `base`).
     Raises `JaxVQAError` for a source that is missing, incomplete, of another architecture, or not safetensors.
     """
+    # transformers would advise to install torch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
