@@ -3,9 +3,10 @@
 The rules. One batch size per program and bucket, always padded, so that a row's bits do not depend on its companions;
 across batch sizes results agree to rounding. A batch leaves when it is full, or when nothing else can be done; inside
 it the order is (sample, request), never that of completion, so a run is deterministic. Random keys come from the
-sample's id and the request's number. What several requests need (an image's features) is computed once. Out of memory
-halves the batch of that program, and says so. An error is thrown into the generator whose request it belongs to; if
-the generator does not catch it, its answer says so, and nothing else stops.
+sample's id and the request's number. What several requests need (an image's features, the keys and values of a prompt's
+beginning) is computed once; whether it is shared changes neither results nor logical costs. Out of memory halves the
+batch of that program, and says so. An error is thrown into the generator whose request it belongs to; if the generator
+does not catch it, its answer says so, and nothing else stops.
 """
 
 import math
@@ -15,6 +16,7 @@ import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import blake2b
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -27,7 +29,7 @@ from PIL import Image
 from jaxvqa import methods
 from jaxvqa.errors import UserError
 from jaxvqa.geometry import Geometry
-from jaxvqa.handlers import HANDLERS, LENGTHS, State, Work
+from jaxvqa.handlers import HANDLERS, IMAGES, LENGTHS, PREFIXES, Kept, State, Work
 from jaxvqa.images import open_image
 from jaxvqa.requests import Answer, Asked, Cost, Passes, Reading, Request, Sample
 from jaxvqa.sharding import RULES
@@ -56,8 +58,11 @@ class Engine:
 
     models: a VLM, or VLMs by name; requests that name none go to the first.
     batch_size: rows per batch, of every program (on a mesh, rounded up to a multiple of its batch axes).
-    lengths: token lengths to which prompts are padded, ascending; each is compiled once.
+    lengths: token lengths to which prompts are padded, and at which prefixes end, ascending; each is compiled once.
     feature_bytes: device memory for image features kept for later requests.
+    prefix_cache_bytes: device memory for keys and values of prompts' beginnings, kept for later requests or held by
+        those in flight (0.3 GB per image of LLaVA-1.5-7B in 16 bits); what is in use is kept beyond it, but no more is
+        computed while anything else can be done.
     in_flight_bytes: host memory for decoded images of samples in flight (at least one sample always is).
     cache_bytes: device memory for the caches that samples in flight keep (`keep=True`), beyond which none begins.
     exif: "ignore" (as LLaVA does) or "apply" the orientation of image files.
@@ -73,6 +78,7 @@ class Engine:
         batch_size: int = 8,
         lengths: tuple[int, ...] = LENGTHS,
         feature_bytes: int = 1 << 30,
+        prefix_cache_bytes: int = 2 << 30,
         in_flight_bytes: int = 2 << 30,
         cache_bytes: int = 8 << 30,
         exif: str = "ignore",
@@ -90,10 +96,16 @@ class Engine:
         self.batch_size = -(-batch_size // self._ways) * self._ways
         self.lengths, self.exif, self.seed = lengths, exif, seed
         self.in_flight_bytes, self.cache_bytes = in_flight_bytes, cache_bytes
-        self.shared = _Shared(feature_bytes)
+        self.shared = {IMAGES: _Shared(feature_bytes), PREFIXES: _Shared(prefix_cache_bytes)}
+        self.prefixes: weakref.WeakSet[Kept] = weakref.WeakSet()  # all that are alive, shared or only held
         self.stats = Stats()
         self._sizes: dict[Hashable, int] = {}
         self._preprocessed: dict[Hashable, _Preprocessed] = {}
+
+    @property
+    def crowded(self) -> bool:
+        """Whether prefixes take more memory than they should."""
+        return sum(prefix.nbytes for prefix in self.prefixes) > self.shared[PREFIXES].capacity
 
     @property
     def default(self) -> VLM:
@@ -219,7 +231,7 @@ class _Run:
         self.begun = self.due = 0
         self.jobs: dict[int, _Job] = {}
         self.ready: deque[_Job] = deque()
-        self.waiting: dict[Hashable, list[_Ticket]] = {}
+        self.waiting: dict[Any, list[_Ticket]] = {}
         self.needed: dict[Hashable, list[_Ticket]] = {}
         self.flying: deque[tuple[list[_Ticket], int, Callable[[], list]]] = deque()
         self.answers: dict[int, Answer] = {}
@@ -229,9 +241,8 @@ class _Run:
             while self.due in self.answers:
                 self.due += 1
                 yield self.answers.pop(self.due - 1)
-            full = next((key for key, queue in self.waiting.items() if len(queue) >= self.engine.size(key)), None)
-            if full is not None and len(self.flying) < DEPTH:
-                self.dispatch(full)
+            if len(self.flying) < DEPTH and (full := self.full()):
+                self.dispatch(self.oldest(full))
             elif self.ready:
                 self.resume(self.ready.popleft())
             elif self.room():
@@ -239,9 +250,18 @@ class _Run:
             elif self.flying:
                 self.land()
             elif self.waiting:
-                self.dispatch(min(self.waiting, key=lambda key: min(ticket.order for ticket in self.waiting[key])))
+                self.dispatch(self.oldest(self.waiting))
             else:
                 return
+
+    def full(self) -> list[Hashable]:
+        """Groups that fill a batch; those of prefixes only while there is memory for more."""
+        full = [key for key, queue in self.waiting.items() if len(queue) >= self.engine.size(key)]
+        return [key for key in full if key[0] is not PREFIXES or not self.engine.crowded]
+
+    def oldest(self, keys: Iterable[Hashable]) -> Hashable:
+        """Of groups, the one in which the first request waits."""
+        return min(keys, key=lambda key: min(ticket.order for ticket in self.waiting[key]))
 
     def room(self) -> bool:
         """Whether another sample may begin."""
@@ -305,7 +325,7 @@ class _Run:
             self.submit(job, request)
 
     def submit(self, job: _Job, request: Any) -> None:
-        """Make a request ready and queue it; what it needs first is queued before it."""
+        """Make a request ready and queue it."""
         number, job.asked = job.asked, job.asked + 1
 
         def done(result: Any) -> None:
@@ -326,30 +346,39 @@ class _Run:
             ticket.work = HANDLERS[type(request)].prepare(self.engine, request, (_hash(job.sample.id), number))
         except Exception as error:
             done(error)
-            return
+        else:
+            self.queue(ticket)
+
+    def queue(self, ticket: _Ticket) -> None:
+        """Queue work; what it needs, and what that needs, is queued before it."""
         for name, work in ticket.work.needs.items():
-            if (value := self.engine.shared.get(name)) is not None:
+            if (value := self.engine.shared[work.key[0]].get(name)) is not None:
                 ticket.work.got[name] = value
                 continue
             ticket.missing += 1
             if name not in self.needed:
                 self.needed[name] = []
-                self.enqueue(_Ticket(ticket.order, work, lambda value, name=name: self.supply(name, value)))
+                self.queue(_Ticket(ticket.order, work, partial(self.supply, work.key[0], name)))
             self.needed[name].append(ticket)
         if not ticket.missing:
             self.enqueue(ticket)
 
-    def supply(self, name: Hashable, value: Any) -> None:
+    def supply(self, handler: Any, name: Hashable, value: Any) -> None:
         """Hand a shared result, or the error in its place, to all who wait for it."""
         if not isinstance(value, Exception):
-            self.engine.shared.put(name, value)
+            self.engine.shared[handler].put(name, value)
         for ticket in self.needed.pop(name):
             ticket.work.got[name] = value
             ticket.missing -= 1
             if ticket.missing:
                 continue
             error = next((got for got in ticket.work.got.values() if isinstance(got, Exception)), None)
-            self.enqueue(ticket) if error is None else ticket.done(error)
+            self.enqueue(ticket) if error is None else self.deliver(ticket, error)
+
+    def deliver(self, ticket: _Ticket, result: Any) -> None:
+        """Let go of what the work needed (it may be much), and tell who waits for the result."""
+        ticket.work.got.clear()
+        ticket.done(result)
 
     def enqueue(self, ticket: _Ticket) -> None:
         self.waiting.setdefault(ticket.work.key, []).append(ticket)
@@ -377,7 +406,7 @@ class _Run:
         """Wait for the oldest batch on the device, and deliver its results."""
         batch, size, collect = self.flying.popleft()
         for ticket, result in self.guard(batch, size, lambda: list(zip(batch, collect(), strict=True))) or ():
-            ticket.done(result)
+            self.deliver(ticket, result)
 
     def guard(self, batch: list[_Ticket], size: int, act: Callable[[], Any]) -> Any:
         """Act for a batch; None where that fails: out of memory requeues it, any other failure is each row's error."""
@@ -390,7 +419,7 @@ class _Run:
                     self.enqueue(ticket)
             else:
                 for ticket in batch:
-                    ticket.done(error)
+                    self.deliver(ticket, error)
 
     def account(self, job: _Job, request: Request, work: Work, result: Any) -> None:
         """Count what one request cost its sample, and log it."""
@@ -398,7 +427,7 @@ class _Run:
         if isinstance(state := getattr(result, "state", None), State):
             job.kept.add(state)
         for name, need in work.needs.items():
-            if name not in job.images:
+            if need.flops and name not in job.images:
                 job.images.add(name)
                 flops += need.flops
         job.passes[type(request).__name__] += request.passes

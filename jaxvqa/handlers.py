@@ -5,6 +5,13 @@ waits for the device and returns one result, or one exception, per work. Works o
 holds the handler, the model, the bucket and everything static. Adding a kind of request is adding a handler.
 
 The programs are jitted functions of (parameters, config, batch); they are compiled once per key and batch size.
+
+A prompt with images runs in two parts. Its *prefix*, as many tokens as the longest of the engine's `lengths` that ends
+neither behind the last image nor behind the first wanted row, gives keys and values that every prompt with this
+beginning shares; the rest is appended to them. A prefix has no padding, so a token's slot in the cache is its position
+in the prompt. How a prompt is cut depends on its request alone, so a result has the same bits with and without company.
+Where rows of the prefix may change with the request (taps, plugins), or more of them is wanted than a cache holds
+(hidden states, keys before rope, `Read.keep`), and without images, the whole prompt runs at once.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -36,7 +43,9 @@ if TYPE_CHECKING:
     from jaxvqa.engine import Engine
 
 LENGTHS = (*range(64, 1024, 64), *range(1024, 2048, 128), *range(2048, 4096, 256), *range(4096, 32769, 1024))
-"""Token lengths to which prompts are padded."""
+"""Token lengths to which prompts are padded, and at which they are cut."""
+REST = tuple(sorted(size for n in range(5, 21) for size in (2**n, 3 * 2 ** (n - 1))))
+"""Token lengths to which what follows a prefix is padded: 32, 48, 64, 96, 128, ..."""
 SHORT = tuple(2**n for n in range(16))
 """Sizes to which small axes are padded: wanted rows, options, tokens of an option or a further turn."""
 
@@ -55,7 +64,8 @@ class Work:
     got: dict[Hashable, Any] = field(default_factory=dict)
     """The results of `needs`."""
     flops: int = 0
-    """Of this row alone, without padding and before the first generated token."""
+    """Logical: of this row alone, without padding and before the first generated token. A prefix has none: its FLOPs
+    are in those of every request that shares it."""
     padded_flops: int = 0
     """Of this row as it runs."""
     cost: Callable[[Any], tuple[int, int]] = lambda result: (0, 0)
@@ -113,15 +123,35 @@ def right_pad(ids: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
 
 
 @register_dataclass
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """One row of a cache (S slots, of which the first tokens are valid), and hidden states where it stopped."""
+
+    k: Float[Array, "L S K H"]
+    v: Float[Array, "L S K H"]
+    order: Int[Array, "S"]
+    hidden: Float[Array, "T D"] | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+
+@register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """Prompts of one bucket, on their way to the device."""
+    """Prompts of one bucket, on their way to the device: what follows the prefix, where there is one."""
 
     ids: Int[Array, "B T"]
     lengths: Int[Array, "B"]
+    before: Int[Array, "B"]
+    """Image tokens in the prefix."""
     features: tuple[tuple[Float[Array, "P D"], ...], ...]
     """[B][I]: one array per image, as it lies on the device."""
+    prefix: tuple[Kept, ...]
+    """[B], or empty: the whole prompt is in `ids`."""
     image_starts: Int[Array, "B I"]
+    """Positions in the prompt, as are `rows`."""
     rows: Int[Array, "B R"]
     wanted: Bool[Array, "B R"]
 
@@ -140,17 +170,26 @@ def _encode(params, config, pixels: Float[Array, "M E E 3"], *, backend) -> tupl
 @partial(jax.jit, static_argnames=("capacity", "spec", "build", "reduce", "backend"))
 def _prefill(params, config, batch, plugins, taps_args, reduce_args, *, capacity, spec, build, reduce, backend):
     """Run prompts. Returns the output, the edits for decoding, the reduced readouts, and whether each row is finite."""
-    images = jnp.stack([jnp.stack(row) for row in batch.features]) if batch.features[0] else None
-    batch, images, taps_args, reduce_args = _split((replace(batch, features=()), images, taps_args, reduce_args))
-    keys = batch.ids.shape[1]
-    row = Row(batch.image_starts, batch.lengths, batch.rows, batch.wanted, None, None, config.grid, keys)
-    taps = Taps(rows=batch.rows)
+    images, prefix = _images(batch.features), batch.prefix
+    batch = replace(batch, features=(), prefix=())
+    batch, images, taps_args, reduce_args = _split((batch, images, taps_args, reduce_args))
+    start = prefix[0].k.shape[1] if prefix else 0
+    keys = start + batch.ids.shape[1]
+    row = Row(batch.image_starts, start + batch.lengths, batch.rows, batch.wanted, None, None, config.grid, keys)
+    taps = Taps(rows=batch.rows - start)
     if build is not None:
-        taps = replace(_batch_second(jax.vmap(build)(row, *taps_args)), rows=batch.rows)
-    out = family_of(config).prefill(
-        params, config, batch.ids, batch.lengths, images,
-        capacity=capacity, taps=taps, spec=spec, plugins=plugins, backend=backend,
+        taps = replace(_batch_second(jax.vmap(build)(row, *taps_args)), rows=taps.rows)
+    run = partial(family_of(config).prefill, capacity=capacity)
+    if prefix:
+        cache = _restack(prefix, jnp.full_like(batch.lengths, start), keys if capacity is None else capacity)
+        run = partial(family_of(config).extend, cache=cache, before=batch.before)
+    out = run(
+        params, config, batch.ids, batch.lengths, features=images,
+        taps=taps, spec=spec, plugins=plugins, backend=backend,
     )  # fmt: skip
+    if prefix and "values" in spec.read:
+        values = jnp.stack([out.cache.v[layer, :, :keys] for layer in spec.layers])
+        out = replace(out, readouts=replace(out.readouts, values=values))
     value = None
     if reduce is not None:
         seen = _split((jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), out.readouts), out.logits))
@@ -158,6 +197,10 @@ def _prefill(params, config, batch, plugins, taps_args, reduce_args, *, capacity
     # A pass that stopped early has no logits; of any other, bad hidden states show there.
     finite = jnp.isfinite(out.logits).all(axis=1) if out.logits.shape[1] else jnp.isfinite(out.hidden).all(axis=(1, 2))
     return out, taps.edits, value, finite
+
+
+def _images(features) -> Float[Array, "B I P D"] | None:
+    return jnp.stack([jnp.stack(row) for row in features]) if features[0] else None
 
 
 def _batch_second(taps: Taps) -> Taps:
@@ -217,17 +260,6 @@ def _yes_no(logits, *, yes, no) -> Float[Array, "B"]:
     return decoding.yes_no_confidence(logits, yes, no)
 
 
-@register_dataclass
-@dataclass(frozen=True)
-class Kept:
-    """One row of a cache (S slots, of which the first tokens are valid), and hidden states where it stopped."""
-
-    k: Float[Array, "L S K H"]
-    v: Float[Array, "L S K H"]
-    order: Int[Array, "S"]
-    hidden: Float[Array, "T D"] | None
-
-
 @jax.jit
 def _unstack(cache: Cache, hidden) -> tuple[Kept, ...]:
     k, v = (constrain(x, (None, None, None, "kv_heads", None)) for x in (cache.k, cache.v))
@@ -249,6 +281,19 @@ def _restack(kept: Sequence[Kept], lengths: Int[Array, "B"], capacity: int) -> C
     k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, capacity - slots), (0, 0), (0, 0))) for x in (k, v))
     order = jnp.pad(order, ((0, 0), (0, capacity - slots)), constant_values=NEVER)
     return Cache(k, v, order, jnp.int32(slots), lengths)
+
+
+@partial(jax.jit, static_argnames=("layers", "backend"))
+def _prefix(params, config, ids, features, *, layers, backend) -> tuple[Kept, ...]:
+    """Keys and values of the first `layers` layers for prompts' beginnings without padding."""
+    ids, images = _split((ids, _images(features)))
+    lengths = jnp.full_like(ids[:, 0], ids.shape[1])
+    # Reading the last layer takes it out of the scan; as only its keys and values are used, XLA drops the rest of it.
+    spec = ReadSpec((layers - 1,), frozenset({"values"}), stop=layers)
+    out = family_of(config).prefill(
+        params, config, ids, lengths, images, capacity=ids.shape[1], spec=spec, backend=backend
+    )
+    return _unstack(out.cache, None)
 
 
 @partial(jax.jit, static_argnames=("capacity", "backend"))
@@ -293,6 +338,40 @@ class Images:
 IMAGES = Images()
 
 
+class Prefixes:
+    """Keys and values of the beginning of a prompt; not a request, but what requests with that beginning need."""
+
+    name = "prefix"
+
+    def work(
+        self, model: str, vlm: VLM, ids: np.ndarray, layers: int | None, images: Sequence[tuple[Hashable, Work]]
+    ) -> tuple[Hashable, Work]:
+        """The name by which it is shared, and the work of the first layers (None: all).
+
+        ids: the tokens. images: names and works of the images in them, in order.
+        """
+        config, names = vlm.config.decoder, tuple(name for name, _ in images)
+        depth: int = config.num_layers if layers is None else layers
+        key = (self, model, len(ids), len(images), depth)
+        # Of the last layer only keys and values are computed.
+        flops = _prefill_flops(vlm, len(ids), depth - 1)
+        flops += 4 * len(ids) * config.width * config.num_kv_heads * config.head_dim
+        return (*key, ids.tobytes(), names), Work(key, (ids, names), needs=dict(images), padded_flops=flops)
+
+    def launch(self, engine, works, size):
+        _, model, _, _, layers = works[0].key
+        (_, vlm), rows = engine.model(model), padded(works, size)
+        ids = np.stack([work.data[0] for work in rows])
+        features = tuple(tuple(work.got[name] for name in work.data[1]) for work in rows)
+        with vlm.on_mesh():
+            kept = _prefix(vlm.params, vlm.config, ids, features, layers=layers, backend=vlm.attention)[: len(works)]
+        engine.prefixes.update(kept)
+        return lambda: list(jax.block_until_ready(kept))
+
+
+PREFIXES = Prefixes()
+
+
 class Key(NamedTuple):
     """What prompts share that run in one batch."""
 
@@ -300,6 +379,8 @@ class Key(NamedTuple):
     model: str
     length: int
     """Tokens, padding included."""
+    start: int
+    """Tokens of the prefix, which the others follow; 0 without one."""
     images: int
     rows: int
     static: Any
@@ -314,6 +395,8 @@ class Prompted:
     geometries: tuple[Geometry, ...]
     features: tuple[Hashable, ...]
     """Names of the images' features, in prompt order."""
+    prefix: tuple[Hashable, ...]
+    """Name of the prefix, where there is one."""
     rows: np.ndarray
     wanted: np.ndarray
     args: tuple[Any, ...]
@@ -342,12 +425,13 @@ class _PromptHandler:
         args=(),
         room=0,
         layers=None,
+        shares=True,
         extra=None,
     ) -> Work:
         """Make a prompt ready.
 
         static: what else the program depends on. which: the wanted rows (`Read.rows`). room: tokens that the answer may
-        have. layers: how many run (None: all, and logits).
+        have. layers: how many run (None: all, and logits). shares: whether a prefix's keys and values would do.
         """
         model, vlm = engine.model(request.model)
         tokens = vlm.tokenise(request.prompt, len(request.images))
@@ -356,31 +440,41 @@ class _PromptHandler:
         rows = wanted_rows(which, tokens)
         if not len(rows):
             raise UserError(f"rows={which!r} names no token of text in the prompt {tokens.text!r}; name a phrase of it")
+        start = _cut(engine, vlm, tokens, rows) if shares else 0
         wanted = np.arange(bucket(len(rows), SHORT, "the wanted rows")) < len(rows)
         rows = np.pad(rows, (0, len(wanted) - len(rows)), mode="edge").astype(np.int32)
         args = arrays(args)
-        flops, padded_flops = (_prefill_flops(vlm, count, layers) for count in (len(tokens.ids), length))
         names, geometries = tuple(image.name for image in images), tuple(image.geometry for image in images)
+        needs, prefix = {image.name: IMAGES.work(model, vlm, image.pixels) for image in images}, ()
+        if start:
+            length = start + min(bucket(len(tokens.ids) - start, REST, "the prompt"), vlm.max_length - start)
+            begun = [(name, needs[name]) for name, (at, _) in zip(names, tokens.image_spans, strict=True) if at < start]
+            name, work = PREFIXES.work(model, vlm, tokens.ids[:start], layers, begun)
+            needs[name], prefix = work, (name,)
+        flops = _prefill_flops(vlm, len(tokens.ids), layers)
         return Work(
-            key=Key(self, model, length, len(images), len(rows), static, shapes(args)),
-            data=Prompted(tokens, geometries, names, rows, wanted, args, seed, extra),
+            key=Key(self, model, length, start, len(images), len(rows), static, shapes(args)),
+            data=Prompted(tokens, geometries, names, prefix, rows, wanted, args, seed, extra),
             text=tokens.text,
-            needs={image.name: IMAGES.work(model, vlm, image.pixels) for image in images},
+            needs=needs,
             flops=flops,
-            padded_flops=padded_flops,
+            padded_flops=_prefill_flops(vlm, length - start, layers, start),
             cost=lambda result: (0, flops),
         )
 
     def prefill(self, engine, works, size, *, capacity=None, spec=ReadSpec(), build=None, reduce=None, plugins=()):
         """Run a batch of prompts, padded to `size` rows; see `_prefill`."""
         key, (_, vlm) = works[0].key, engine.model(works[0].key.model)
-        rows, config = padded([work.data for work in works], size), vlm.config
+        works, start, config = padded(works, size), key.start, vlm.config
+        rows = [work.data for work in works]
         skip = config.image_tokens - config.grid[0] * config.grid[1]  # a class token before the cells
         batch = Batch(
-            ids=np.stack([right_pad(row.tokens.ids, key.length) for row in rows]),
-            lengths=np.array([row.length for row in rows], np.int32),
-            features=tuple(tuple(work.got[name] for name in work.data.features) for work in padded(works, size)),
-            image_starts=np.array([[start + skip for start, _ in row.tokens.image_spans] for row in rows], np.int32),
+            ids=np.stack([right_pad(row.tokens.ids[start:], key.length - start) for row in rows]),
+            lengths=np.array([row.length - start for row in rows], np.int32),
+            before=np.array([(row.tokens.ids[:start] == config.image_token_id).sum() for row in rows], np.int32),
+            features=tuple(tuple(work.got[name] for name in work.data.features) for work in works),
+            prefix=tuple(work.got[name] for work in works for name in work.data.prefix),
+            image_starts=np.array([[at + skip for at, _ in row.tokens.image_spans] for row in rows], np.int32),
             rows=np.stack([row.rows for row in rows]),
             wanted=np.stack([row.wanted for row in rows]),
         )
@@ -460,7 +554,7 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.kept))
+        return self.kept.nbytes
 
 
 def _reply(model: str, vlm: VLM, row: _Said, ids: list[int], kept: Kept | None) -> Reply:
@@ -495,7 +589,8 @@ class GenerateHandler(_PromptHandler):
         if request.keep and (request.taps or request.plugin):
             raise UserError("keep=True does not go with taps or a plugin: a further turn would run without them")
         static = (sampling, request.taps, _Same(request.plugin))
-        work = self.work(engine, request, seed, static, args=request.args, room=room, extra=request.stop)
+        shares = request.taps is None and request.plugin is None
+        work = self.work(engine, request, seed, static, args=request.args, room=room, shares=shares, extra=request.stop)
         return _answering(work, engine.model(request.model)[1], work.data.length)
 
     def launch(self, engine, works, size):
@@ -544,7 +639,10 @@ class ReadHandler(_PromptHandler):
             raise UserError(f"nothing is left to continue: the reading runs all {num_layers} layers; lower spec.stop")
         layers = None if spec.stop == num_layers else spec.stop
         static = (spec, request.reduce, request.keep)
-        return self.work(engine, request, seed, static, which=request.rows, args=request.args, layers=layers)
+        shares = spec.read <= {"rows", "values"} and not spec.start and not request.keep
+        return self.work(
+            engine, request, seed, static, which=request.rows, args=request.args, layers=layers, shares=shares
+        )
 
     def launch(self, engine, works, size):
         key = works[0].key
@@ -740,17 +838,28 @@ def _bucket_of(engine, vlm: VLM, count: int, room: int) -> int:
     return min(bucket(count, engine.lengths, "the prompt"), vlm.max_length)
 
 
+def _cut(engine, vlm: VLM, tokens: Tokens, rows: np.ndarray) -> int:
+    """Tokens of the prefix: the longest of the engine's lengths that reaches neither past the last image nor to `rows`.
+
+    0 without such a length. Then, and under "splash", which attends to no cache, the whole prompt runs at once.
+    """
+    if not tokens.image_spans or vlm.attention == "splash":
+        return 0
+    limit = min(sum(tokens.image_spans[-1]), rows.min())
+    return max((length for length in engine.lengths if length <= limit), default=0)
+
+
 def not_finite(vlm: VLM) -> JaxVQAError:
     return JaxVQAError(f"{vlm.name}: the logits are not finite; check the weights, or load them with dtype='float32'")
 
 
-def _prefill_flops(vlm: VLM, tokens: int, layers: int | None) -> int:
-    """FLOPs of a causal prefill of the first `layers` layers (None: all, and one row of logits)."""
-    config, flops = vlm.config, family_of(vlm.config).flops
+def _prefill_flops(vlm: VLM, tokens: int, layers: int | None, start: int = 0) -> int:
+    """FLOPs of a causal prefill after `start` tokens, of the first `layers` layers (None: all, and a row of logits)."""
+    config, flops, keys = vlm.config, family_of(vlm.config).flops, start + (tokens + 1) // 2
     if layers is None:
-        return flops(config, tokens, (tokens + 1) // 2)
+        return flops(config, tokens, keys)
     part = replace(config, decoder=replace(config.decoder, num_layers=layers))
-    return flops(part, tokens, (tokens + 1) // 2, logits=0)
+    return flops(part, tokens, keys, logits=0)
 
 
 def _decode_flops(vlm: VLM, length: int, tokens: int) -> int:

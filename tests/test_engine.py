@@ -22,7 +22,8 @@ from jaxvqa.prompts import GENERAL_QUESTION, render
 from jaxvqa.requests import Answer, Call, Continue, Generate, Gradient, Passes, Read, Reply, Sample, Score, YesNo
 from jaxvqa.taps import Edit, Plugin, ReadSpec, Tap, Taps
 
-LENGTHS = (128, 192)
+LENGTHS = (16, 128, 192)
+"""The first is where prompts are cut: the 16 tokens of an image begin at 1, so the rest begins with its last."""
 ROWS = ReadSpec(layers=(1,), read=frozenset({"rows"}))
 NEW = 6  # tokens of every answer here: another number would be another program
 EXACT = 1e-5
@@ -480,6 +481,7 @@ def test_a_further_turn_is_answered_as_the_whole_conversation(vlm):
         assert again.ids == direct.ids
         assert third.ids
     assert engine.stats.rows["continue"] == 6
+    assert engine.stats.rows["prefix"] == 3, "the two prompts about an image begin alike"
     assert costs[0].passes == {"Generate": 2, "Continue": 2}
 
 
@@ -633,7 +635,7 @@ def test_an_image_is_encoded_once_whoever_asks_for_it(vlm):
     forgetful = Engine(vlm, batch_size=4, lengths=LENGTHS, feature_bytes=0)
     assert [a.text for a in forgetful.run(samples, method)] == [a.text for a in first]
     assert forgetful.stats.rows["images"] > 2
-    assert forgetful.shared.bytes == 0
+    assert forgetful.shared[handlers.IMAGES].bytes == 0
 
 
 def test_passes_and_costs_are_counted_by_the_engine(vlm):
@@ -666,11 +668,14 @@ def test_the_engines_flops_cover_those_of_scored_options(vlm):
         return Answer("x")
 
     cost = next(engine.run([sample], method)).cost
-    family = handlers.family_of(vlm.config)
+    family, config, cut = handlers.family_of(vlm.config), vlm.config, LENGTHS[0]
     slots = 4 * handlers.bucket(len(vlm.reply_ids("a dark blue plate")), handlers.SHORT, "an option")
-    options = family.flops(vlm.config, slots, 128 + slots, logits=slots)
-    prompt_flops = family.flops(vlm.config, 128, 64)
-    assert engine.stats.flops == family.image_flops(vlm.config) + prompt_flops + options > cost.flops
+    rest = handlers.bucket(len(vlm.tokenise(prompt("What?"), 1).ids) - cut, handlers.REST, "the prompt")
+    lower = replace(config, decoder=replace(config.decoder, num_layers=2))
+    prefix = family.flops(lower, cut, cut // 2, logits=0) + 2 * cut * 32 * 2 * 32  # of the last layer keys and values
+    prompt_flops = family.flops(config, rest, cut + rest // 2)
+    options = family.flops(config, slots, cut + rest + slots, logits=slots)
+    assert engine.stats.flops == family.image_flops(config) + prefix + prompt_flops + options > cost.flops
 
 
 def test_several_models_answer_side_by_side(vlm, tmp_path):

@@ -54,7 +54,9 @@ def report(folder: str) -> None:
     ]
     for mesh in (None, make_mesh(2, 2, 2)):
         vlm = jaxvqa.load(folder, mesh=mesh, dtype="float32")
-        answers = list(Engine(vlm, batch_size=3, lengths=(128,)).run(samples, every_kind))
+        engine = Engine(vlm, batch_size=3, lengths=(16, 128))
+        answers = list(engine.run(samples, every_kind))
+        assert engine.stats.rows["prefix"] == 3, "prompts run in two parts"
         for answer in answers:
             if answer.error is not None:
                 raise answer.error

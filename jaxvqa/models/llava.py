@@ -118,16 +118,24 @@ def encode_images(
 
 
 def embed(
-    params: Llava, c: LlavaConfig, ids: Int[Array, "B T"], features: Float[Array, "B I P D"] | None
+    params: Llava,
+    c: LlavaConfig,
+    ids: Int[Array, "B T"],
+    features: Float[Array, "B I P D"] | None,
+    before: Int[Array, "B"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Word embeddings, with the n-th image placeholder of a row replaced by the row's n-th image token."""
+    """Word embeddings, with the n-th image placeholder of a row replaced by the row's n-th image token.
+
+    before: image tokens that `ids` do not hold, as they came earlier.
+    """
     x = decoder.embed_tokens(params.decoder, ids)
     if features is None:
         return x
     B, _, _, D = features.shape
     features = jnp.reshape(constrain(features, BATCH), (B, -1, D), out_sharding=layout(BATCH))
     is_image = ids == c.image_token_id
-    index = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, features.shape[1] - 1)
+    index = jnp.cumsum(is_image, axis=1) - 1 + (0 if before is None else before[:, None])
+    index = jnp.clip(index, 0, features.shape[1] - 1)
     tokens = jnp.take_along_axis(features, index[:, :, None], axis=1)
     return jnp.where(is_image[:, :, None], tokens.astype(x.dtype), x)
 
@@ -151,10 +159,14 @@ def extend(
     lengths: Int[Array, "B"],
     cache: Cache,
     features: Float[Array, "B I P D"] | None = None,
+    before: Int[Array, "B"] | None = None,
     **kwargs,
 ) -> Output:
-    """Append right-padded tokens, which may hold images, to each row of a cache: a further turn."""
-    stream = right_padded(embed(params, c, ids, features), lengths, cache.length)
+    """Append right-padded tokens, which may hold images, to each row of a cache: a further turn, a prompt's rest.
+
+    before: image tokens of `features` that the cache holds already.
+    """
+    stream = right_padded(embed(params, c, ids, features, before), lengths, cache.length)
     return forward(params.decoder, c.decoder, stream, cache=cache, **kwargs)
 
 
