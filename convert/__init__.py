@@ -17,9 +17,9 @@ from jaxvqa.convert.checkpoint import open_checkpoint
 from jaxvqa.convert.converted import convert
 from jaxvqa.convert.errors import ConversionError
 from jaxvqa.convert.export import export_hf
+from jaxvqa.convert.families import Config, Params, tables_of
 from jaxvqa.convert.source import resolve
 from jaxvqa.convert.tables import as_dtype
-from jaxvqa.models.llava import Llava, LlavaConfig, specs
 
 
 def load(
@@ -31,7 +31,7 @@ def load(
     *,
     vision_tower: str | os.PathLike[str] | None = None,
     base: str | os.PathLike[str] | None = None,
-) -> tuple[LlavaConfig, Llava, Path]:
+) -> tuple[Config, Params, Path]:
     """Read a model: (config, parameters, folder from which transformers loads the processor).
 
     source: a Hugging Face folder or hub id (at `revision`; `offline`: from the cache only), a folder that `convert`
@@ -46,7 +46,7 @@ def load(
     if converted.is_converted(folder):
         return converted.load(folder, dtype, mesh)
     checkpoint = open_checkpoint(source, revision=revision, offline=offline, vision_tower=vision_tower, base=base)
-    placed = None if mesh is None else sharding.shardings(specs(checkpoint.config), mesh)
+    placed = None if mesh is None else sharding.shardings(tables_of(checkpoint.config).specs(checkpoint.config), mesh)
     return checkpoint.config, checkpoint.read(dtype, placed), checkpoint.processor()
 
 

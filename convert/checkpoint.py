@@ -13,14 +13,13 @@ import numpy as np
 
 from jaxvqa.convert import adapters, llava
 from jaxvqa.convert.errors import ConversionError
+from jaxvqa.convert.families import ARCHITECTURES, Config, tables_of
 from jaxvqa.convert.source import resolve
-from jaxvqa.convert.tables import Naming, read_params
+from jaxvqa.convert.tables import Naming, read_params, split_fused
 from jaxvqa.convert.tables import plan as plan_leaves
 from jaxvqa.convert.tensors import Tensor, folder_tensors
+from jaxvqa.models import FAMILIES, config_from_hf
 from jaxvqa.models.llava import LlavaConfig
-
-ARCHITECTURES = ("LlavaForConditionalGeneration", "LlavaLlamaForCausalLM")
-"""What `open_checkpoint` reads: LLaVA-1.5 of transformers, and of the original code."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Checkpoint:
 
     folder: Path
     hf_config: dict[str, Any]
-    config: LlavaConfig
+    config: Config
     tensors: list[tuple[str, Tensor]]
     faults: list[str]
     processor: Callable[[], Path]
@@ -42,8 +41,9 @@ class Checkpoint:
 
         These show in the headers, before any weight is read; NaN and infinite values are then found while reading.
         """
-        specs = llava.specs(self.config)
-        planned, faults = plan_leaves(self.tensors, llava.TABLE, specs)
+        tables = tables_of(self.config)
+        specs = tables.specs(self.config)
+        planned, faults = plan_leaves(self.tensors, tables.TABLE, specs)
         if faults := [*self.faults, *faults]:
             raise ConversionError(
                 f"{self.folder}: the weights do not fit its config.json, {len(faults)} faults",
@@ -80,7 +80,7 @@ def open_checkpoint(
         opened = open_checkpoint(
             below, offline=offline, from_pickle=from_pickle, vision_tower=vision_tower, command=command
         )
-        naming = llava.ORIGINAL if llava.is_original(llava.read_config(opened.folder)) else llava.HF
+        naming = llava.ORIGINAL if llava.is_original(llava.read_config(opened.folder)) else tables_of(opened.config).HF
         tensors, faults = adapters.merge(folder, options, naming, opened.tensors, from_pickle, command)
         return Checkpoint(folder, opened.hf_config, opened.config, tensors, [*opened.faults, *faults], opened.processor)
     if base is not None:
@@ -91,9 +91,9 @@ def open_checkpoint(
     if not llava.is_original(hf):
         if vision_tower is not None:
             raise ConversionError(f"{folder}: `vision_tower` is given, but this checkpoint holds its own")
-        config = LlavaConfig.from_hf(hf)
+        config: Config = config_from_hf(hf)
         raw, faults = folder_tensors(folder, from_pickle, command)
-        return Checkpoint(folder, hf, config, _named(raw, llava.HF, config), faults, lambda: folder)
+        return Checkpoint(folder, hf, config, _named(raw, tables_of(config).HF, config), faults, lambda: folder)
 
     tower = resolve(vision_tower or hf["mm_vision_tower"], None, offline, from_pickle, command)
     hf = llava.assemble(hf, tower)
@@ -112,15 +112,16 @@ def _pickle_command(source, revision, vision_tower, base) -> str:
     return shlex.join(["jaxvqa", "convert", "--from-pickle", *given, os.fspath(source), "OUT"])
 
 
-def _named(raw: list[Tensor], naming: Naming, config: LlavaConfig) -> list[tuple[str, Tensor]]:
-    unread = dict(naming.unread) | (llava.TIED_HEAD if config.decoder.tied else {})
-    naming = Naming(naming.prefixes, unread)
-    return [(name, tensor) for tensor in raw if (name := naming.canonical(tensor.name)) is not None]
+def _named(raw: list[Tensor], naming: Naming, config: Config) -> list[tuple[str, Tensor]]:
+    tables = tables_of(config)
+    naming = Naming(naming.prefixes, {**naming.unread, **tables.unread(config)})
+    named = [(name, tensor) for tensor in raw if (name := naming.canonical(tensor.name)) is not None]
+    return split_fused(named, tables.FUSED)
 
 
 def _check_supported(folder: Path, hf: dict[str, Any]) -> None:
     found = hf.get("architectures") or [f"model_type {hf.get('model_type')!r}"]
-    known = any(a in ARCHITECTURES for a in found) or (not hf.get("architectures") and hf.get("model_type") == "llava")
+    known = any(a in ARCHITECTURES for a in found) or (not hf.get("architectures") and hf.get("model_type") in FAMILIES)
     if not known:
         raise ConversionError(
             f"{folder}/config.json: architecture {', '.join(map(str, found))} is not supported;"

@@ -18,10 +18,11 @@ from jax.typing import DTypeLike
 from jaxvqa import sharding
 from jaxvqa.convert.checkpoint import open_checkpoint
 from jaxvqa.convert.errors import ConversionError
+from jaxvqa.convert.families import Config, Params, tables_of
 from jaxvqa.convert.files import copy_processor, publish, write_json
 from jaxvqa.convert.tables import as_dtype, flatten, leaves, unflatten
 from jaxvqa.convert.tensors import read_json
-from jaxvqa.models import llava
+from jaxvqa.models import config_from_hf
 
 FORMAT = 1
 """Version of the layout of converted folders."""
@@ -64,7 +65,7 @@ def is_converted(folder: Path) -> bool:
     return (folder / "jaxvqa.json").exists() or (folder / "params").is_dir()
 
 
-def load(folder: Path, dtype: np.dtype | None, mesh: Mesh | None) -> tuple[llava.LlavaConfig, llava.Llava, Path]:
+def load(folder: Path, dtype: np.dtype | None, mesh: Mesh | None) -> tuple[Config, Params, Path]:
     """Read a converted folder; see `jaxvqa.convert.load`."""
     import orbax.checkpoint as ocp
 
@@ -79,8 +80,8 @@ def load(folder: Path, dtype: np.dtype | None, mesh: Mesh | None) -> tuple[llava
             f"{folder}: format version {version!r}, expected {FORMAT}",
             remedy="convert the source again with this version of jaxvqa",
         )
-    config = llava.LlavaConfig.from_hf(read_json(folder / "config.json"))
-    specs = llava.specs(config)
+    config: Config = config_from_hf(read_json(folder / "config.json"))
+    specs = tables_of(config).specs(config)
     declared = leaves(specs)
     with ocp.StandardCheckpointer() as checkpointer:
         stored = checkpointer.metadata((folder / "params").absolute()).item_metadata.tree

@@ -6,18 +6,17 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxvqa.convert import llava
 from jaxvqa.convert.errors import ConversionError
+from jaxvqa.convert.families import Config, Params, tables_of
 from jaxvqa.convert.files import copy_processor, publish, write_json
-from jaxvqa.convert.tables import flatten, leaves
-from jaxvqa.models.llava import Llava, LlavaConfig
+from jaxvqa.convert.tables import flatten, join_fused, leaves
 
 SHARD_BYTES = 5_000_000_000  # as transformers' max_shard_size
 
 
 def export_hf(
-    config: LlavaConfig,
-    params: Llava,
+    config: Config,
+    params: Params,
     out: str | os.PathLike[str],
     *,
     processor_folder: str | os.PathLike[str],
@@ -26,50 +25,34 @@ def export_hf(
 ) -> Path:
     """Write config.json, safetensors and processor to the folder `out`, for transformers and `load`; returns `out`.
 
-    Values and dtypes are kept. Names are those that transformers 5 saves by default. Where the image token has no row
-    in the embedding (checkpoints of the original LLaVA), rows are appended, as transformers looks them up: the mean
-    row, whose logit is the mean of all logits and so never the largest.
+    Values and dtypes are kept. Names are those that transformers 5 saves by default.
     """
-    arrays = flatten(params)
+    arrays, tables = flatten(params), tables_of(config)
     if wrong := [
         f"{path}: found {list(arrays[path].shape) if path in arrays else 'none'}, expected {list(spec.shape)}"
-        for path, spec in leaves(llava.specs(config)).items()
+        for path, spec in leaves(tables.specs(config)).items()
         if path not in arrays or arrays[path].shape != spec.shape
     ]:
         raise ConversionError("the parameters do not fit the config", wrong)
-    hf = llava.to_hf(config)
-    rows = config.image_token_id + 1
-    hf["text_config"]["vocab_size"] = max(config.decoder.vocab_size, rows)
-
+    hf, arrays = tables.exported(config, {path: np.asarray(array) for path, array in arrays.items()})
     tensors = {}
-    for pattern, (path, transform) in llava.TABLE.items():
+    for pattern, (path, transform) in tables.TABLE.items():
         if path not in arrays:
             continue
         name = pattern
-        for ours, theirs in llava.EXPORT.items():
+        for ours, theirs in tables.EXPORT.items():
             name = theirs + name.removeprefix(ours) if name.startswith(ours) else name
-        array = np.asarray(arrays[path])
-        if path in ("decoder.embed", "decoder.lm_head"):
-            array = _with_rows(array, rows, axis=0 if path == "decoder.embed" else 1)
         if "{i}" in name:
-            tensors |= {name.replace("{i}", str(i)): transform.inverse(layer) for i, layer in enumerate(array)}
+            tensors |= {name.replace("{i}", str(i)): transform.inverse(layer) for i, layer in enumerate(arrays[path])}
         else:
-            tensors[name] = transform.inverse(array)
-    hf["dtype"] = str(arrays["decoder.embed"].dtype)
+            tensors[name] = transform.inverse(arrays[path])
+    tensors = join_fused(tensors, tables.FUSED)
 
     with publish(out, overwrite) as folder:
         _write_weights(folder, {name: np.ascontiguousarray(t) for name, t in tensors.items()}, shard_bytes)
         copy_processor(Path(processor_folder), folder)
         write_json(folder / "config.json", hf)
     return Path(out)
-
-
-def _with_rows(array: np.ndarray, rows: int, axis: int) -> np.ndarray:
-    missing = rows - array.shape[axis]
-    if missing <= 0:
-        return array
-    mean = array.astype(np.float32).mean(axis=axis, keepdims=True).astype(array.dtype)
-    return np.concatenate([array, np.repeat(mean, missing, axis=axis)], axis=axis)
 
 
 def _write_weights(folder: Path, tensors: dict[str, np.ndarray], shard_bytes: int) -> None:

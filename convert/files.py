@@ -19,6 +19,7 @@ PROCESSOR_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "chat_template.json",
     "chat_template.jinja",

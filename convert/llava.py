@@ -7,10 +7,15 @@ be held beside their `model.safetensors.index.json`; the other layouts are told 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxvqa.convert.errors import ConversionError
-from jaxvqa.convert.tables import Naming, Table, as_is, conv, heads_bias, heads_in, heads_out, transpose
+from jaxvqa.convert.tables import Fused, Naming, Table, as_is, conv, heads_bias, heads_in, heads_out, transpose
 from jaxvqa.convert.tensors import read_json
 from jaxvqa.models.llava import LlavaConfig, specs
+
+ARCHITECTURES = ("LlavaForConditionalGeneration", "LlavaLlamaForCausalLM")
+"""LLaVA-1.5 of transformers, and of the original code."""
 
 _V = "vision_tower.vision_model."
 _T = "language_model.model."
@@ -109,10 +114,15 @@ CLIP = Naming(
     },
 )
 
-TIED_HEAD = {"language_model.lm_head.weight": "the config ties it to the embedding"}
+FUSED: Fused = {}
 
 EXPORT = {_V: "vision_tower."}
 """Prefixes of the table that transformers 5 spells differently where it saves by default."""
+
+
+def unread(config: LlavaConfig) -> dict[str, str]:
+    """Further tensors that a checkpoint of `config` may hold and that are not read, with the reason."""
+    return {"language_model.lm_head.weight": "the config ties it to the embedding"} if config.decoder.tied else {}
 
 
 def is_original(hf: dict[str, Any]) -> bool:
@@ -213,4 +223,41 @@ def to_hf(config: LlavaConfig) -> dict[str, Any]:
     return hf
 
 
-__all__ = ["CLIP", "HF", "ORIGINAL", "TABLE", "LlavaConfig", "assemble", "is_original", "read_config", "specs", "to_hf"]
+def exported(config: LlavaConfig, arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The HF config.json of parameters by path, and the parameters as they are stored.
+
+    Where the image token has no row in the embedding (checkpoints of the original LLaVA), rows are appended, as
+    transformers looks them up: the mean row, whose logit is the mean of all logits and so never the largest.
+    """
+    hf, rows = to_hf(config), config.image_token_id + 1
+    hf["text_config"]["vocab_size"] = max(config.decoder.vocab_size, rows)
+    axes = {"decoder.embed": 0, "decoder.lm_head": 1}
+    longer = {path: _with_rows(arrays[path], rows, axis) for path, axis in axes.items() if path in arrays}
+    return hf | {"dtype": str(arrays["decoder.embed"].dtype)}, arrays | longer
+
+
+def _with_rows(array: np.ndarray, rows: int, axis: int) -> np.ndarray:
+    missing = rows - array.shape[axis]
+    if missing <= 0:
+        return array
+    mean = array.astype(np.float32).mean(axis=axis, keepdims=True).astype(array.dtype)
+    return np.concatenate([array, np.repeat(mean, missing, axis=axis)], axis=axis)
+
+
+__all__ = [
+    "ARCHITECTURES",
+    "CLIP",
+    "EXPORT",
+    "FUSED",
+    "HF",
+    "ORIGINAL",
+    "TABLE",
+    "LlavaConfig",
+    "assemble",
+    "exported",
+    "is_original",
+    "read_config",
+    "specs",
+    "to_hf",
+    "unread",
+]

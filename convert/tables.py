@@ -104,6 +104,68 @@ class Naming:
         return None if any(fnmatchcase(name, pattern) for pattern in self.unread) else name
 
 
+Fused = Mapping[str, tuple[str, ...]]
+"""What stands in the name of a tensor that is several of the table's, stacked along axis 0 -> what stands in theirs."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part `number` of the `count` equal ones of a tensor along axis 0."""
+
+    whole: Tensor
+    number: int
+    count: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.whole.name} (part {self.number + 1} of {self.count})"
+
+    @property
+    def file(self) -> str:
+        return self.whole.file
+
+    @property
+    def shape(self) -> Shape:
+        rows, *rest = self.whole.shape
+        return rows // self.count, *rest
+
+    @property
+    def dtype(self) -> str:
+        return self.whole.dtype
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        first, *rest = index
+        at = self.number * self.shape[0]
+        return self.whole.read((slice(at + first.start, at + first.stop), *rest))
+
+
+def split_fused(tensors: Iterable[tuple[str, Tensor]], fused: Fused) -> list[tuple[str, Tensor]]:
+    """Named tensors, the fused ones replaced by their parts."""
+    split: list[tuple[str, Tensor]] = []
+    for name, tensor in tensors:
+        whole = next((w for w in fused if w in name), None)
+        if whole is None or not tensor.shape:
+            split.append((name, tensor))
+            continue
+        parts = fused[whole]
+        split += [(name.replace(whole, part), Part(tensor, i, len(parts))) for i, part in enumerate(parts)]
+    return split
+
+
+def join_fused(tensors: Mapping[str, np.ndarray], fused: Fused) -> dict[str, np.ndarray]:
+    """The inverse: the parts, by the table's names, become the tensors of the checkpoint."""
+    joined: dict[str, np.ndarray] = {}
+    for name, tensor in tensors.items():
+        whole, parts = next(((w, p) for w, p in fused.items() if any(part in name for part in p)), ("", ()))
+        if not parts:
+            joined[name] = tensor
+        elif parts[0] in name:
+            joined[name.replace(parts[0], whole)] = np.concatenate(
+                [tensors[name.replace(parts[0], part)] for part in parts]
+            )
+    return joined
+
+
 @dataclass(frozen=True)
 class Leaf:
     """One parameter and the checkpoint's tensors that it is made of: one, or one per layer."""

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxvqa import convert, geometry, images, methods, prompts, regions, sharding, specks, transforms
     from jaxvqa.engine import Engine, ask, ask_many
+    from jaxvqa.matcher import Matcher, load_matcher
     from jaxvqa.requests import Answer, Sample
     from jaxvqa.taps import Edit, Mix, ReadSpec, Tap, Taps
     from jaxvqa.vlm import VLM, collate, load
+
 
 __version__ = "0.1.0"
 
@@ -22,6 +24,8 @@ _HOMES = {
     "VLM": "vlm",
     "collate": "vlm",
     "load": "vlm",
+    "Matcher": "matcher",
+    "load_matcher": "matcher",
     "Engine": "engine",
     "ask": "engine",
     "ask_many": "engine",
@@ -40,6 +44,7 @@ __all__ = [
     "Answer",
     "Edit",
     "Engine",
+    "Matcher",
     "Mix",
     "ReadSpec",
     "Sample",
@@ -52,6 +57,7 @@ __all__ = [
     "geometry",
     "images",
     "load",
+    "load_matcher",
     "methods",
     "prompts",
     "regions",

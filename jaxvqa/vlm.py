@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax.tree_util import register_dataclass
 from PIL import Image
 
-from jaxvqa import decoding, geometry
+from jaxvqa import decoding
 from jaxvqa.attention import BACKENDS
 from jaxvqa.decoding import Decoded, Output
 from jaxvqa.errors import JaxVQAError, UserError
@@ -105,7 +105,8 @@ class VLM(nnx.Module):
         """What methods may know of this model."""
         config = self.config
         template = TEMPLATE_OF_SETUP[self.image_setup]
-        return Facts(self.name, config.decoder.num_layers, config.vision.image_size, config.grid, template)
+        view = "pad" if self.image_setup == "pad" else "crop" if self.image_processor.do_center_crop else "squash"
+        return Facts(self.name, config.decoder.num_layers, config.vision.image_size, config.grid, template, view)
 
     @property
     def max_length(self) -> int:
@@ -121,16 +122,11 @@ class VLM(nnx.Module):
 
     def preprocess(self, image: Image.Image) -> tuple[np.ndarray, Geometry]:
         """Pixels for the encoder, f32 [E, E, 3], and where each image token looks."""
-        processor, side = self.image_processor, self.config.vision.image_size
-        if self.image_setup == "pad":
-            place = geometry.for_pad
-            red, green, blue = (int(255 * mean) for mean in processor.image_mean)
-            image_in = pad_to_square(image, (red, green, blue))
-        else:
-            place = geometry.for_crop if processor.do_center_crop else geometry.for_squash
-            image_in = image
+        processor = self.image_processor
+        red, green, blue = (int(255 * mean) for mean in processor.image_mean)
+        image_in = pad_to_square(image, (red, green, blue)) if self.image_setup == "pad" else image
         pixels = processor(images=[image_in], return_tensors="np")["pixel_values"][0]
-        return np.ascontiguousarray(pixels.transpose(1, 2, 0), np.float32), place(*image.size, side, self.config.grid)
+        return np.ascontiguousarray(pixels.transpose(1, 2, 0), np.float32), self.facts.geometry(image.size)
 
     def tokenise(self, prompt: Prompt | str, num_images: int) -> Tokens:
         """Token ids and spans of a prompt. Raises UserError where it does not fit the images or the context."""
@@ -289,6 +285,10 @@ def load(
 
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     config, params, folder = load_weights(source, revision=revision, dtype=dtype, mesh=mesh, offline=offline, **kwargs)
+    if not hasattr(config, "decoder"):
+        raise UserError(
+            f"{source}: a model that matches images and texts, and answers nothing; use jaxvqa.load_matcher"
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
     return VLM(

@@ -1,7 +1,8 @@
 """Model families.
 
-A family is a module with a config class (`from_hf`, `grid`, `image_tokens`, `vision`, `decoder`) and the functions
-`specs`, `encode_images`, `embed`, `prefill`, `extend`, `resume`, `flops` and `image_flops`.
+A family that answers (of `jaxvqa.VLM`) is a module with a config class (`from_hf`, `grid`, `image_tokens`, `vision`,
+`decoder`) and the functions `specs`, `encode_images`, `embed`, `prefill`, `extend`, `resume`, `flops` and
+`image_flops`; one that matches (of `jaxvqa.Matcher`) has `specs`, `encode_image`, `match` and `gradcam`.
 """
 
 import sys
@@ -9,10 +10,10 @@ from types import ModuleType
 from typing import Any
 
 from jaxvqa.errors import JaxVQAError
-from jaxvqa.models import llava
+from jaxvqa.models import blip_itm, llava
 
 # HF `model_type` -> the family's config class, which lies in the family's module.
-FAMILIES: dict[str, type] = {"llava": llava.LlavaConfig}
+FAMILIES: dict[str, type] = {"llava": llava.LlavaConfig, "blip": blip_itm.BlipItmConfig}
 
 
 def config_from_hf(hf: dict[str, Any]) -> Any:

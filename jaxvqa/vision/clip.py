@@ -28,11 +28,11 @@ class ClipConfig:
     activation: str
 
     @classmethod
-    def from_hf(cls, hf: dict[str, Any]) -> "ClipConfig":
-        """Read HF's `vision_config`; raises `JaxVQAError` for another tower or activation."""
-        if (kind := hf.get("model_type", "clip_vision_model")) != "clip_vision_model":
-            raise JaxVQAError(f"vision model type {kind!r} is not supported; supported is clip_vision_model")
-        hf = _DEFAULTS | {k: v for k, v in hf.items() if v is not None}
+    def from_hf(cls, hf: dict[str, Any], kind: str = "clip_vision_model") -> "ClipConfig":
+        """Read HF's `vision_config` of the model type `kind`; raises `JaxVQAError` for another one or activation."""
+        if (found := hf.get("model_type", kind)) != kind:
+            raise JaxVQAError(f"vision model type {found!r} is not supported; supported is {kind}")
+        hf = _DEFAULTS[kind] | {k: v for k, v in hf.items() if v is not None}
         if hf["hidden_act"] not in ACTIVATIONS:
             raise JaxVQAError(
                 f"vision hidden_act {hf['hidden_act']!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
@@ -57,16 +57,17 @@ class ClipConfig:
         return side, side
 
 
-# HF's CLIPVisionConfig defaults, left out of a config.json when equal.
-_DEFAULTS = {
-    "image_size": 224,
-    "patch_size": 32,
+# HF's defaults, left out of a config.json when equal.
+_BASE = {
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
     "layer_norm_eps": 1e-5,
-    "hidden_act": "quick_gelu",
+}
+_DEFAULTS = {
+    "clip_vision_model": _BASE | {"image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu"},
+    "blip_vision_model": _BASE | {"image_size": 384, "patch_size": 16, "hidden_act": "gelu"},
 }
 
 ACTIVATIONS = {
@@ -116,11 +117,14 @@ class Clip:
     post_norm: LayerNorm
 
 
-def specs(c: ClipConfig) -> Clip:
-    """Declare every parameter: shape, logical axes, initialisation."""
-    D, F, N, H, p = c.width, c.mlp_width, c.num_heads, c.width // c.num_heads, c.patch_size
-    patches = c.grid[0] * c.grid[1]
-    norm = LayerNorm(ArraySpec((D,), (None,), "ones"), ArraySpec((D,), (None,), "zeros"))
+def norm_specs(width: int) -> LayerNorm:
+    return LayerNorm(ArraySpec((width,), (None,), "ones"), ArraySpec((width,), (None,), "zeros"))
+
+
+def layer_specs(c: ClipConfig) -> ClipLayer:
+    """Declare the blocks, stacked."""
+    D, F, N, H = c.width, c.mlp_width, c.num_heads, c.width // c.num_heads
+    norm = norm_specs(D)
     heads = ArraySpec((D, N, H), ("embed", "heads", None))
     head_bias = ArraySpec((N, H), ("heads", None), "zeros")
     out_scale = 0.02 / (2 * c.num_layers) ** 0.5
@@ -140,13 +144,19 @@ def specs(c: ClipConfig) -> Clip:
         fc2=ArraySpec((F, D), ("mlp", "embed"), scale=out_scale),
         fc2_bias=ArraySpec((D,), (None,), "zeros"),
     )
+    return stack(layer, c.num_layers)
+
+
+def specs(c: ClipConfig) -> Clip:
+    """Declare every parameter: shape, logical axes, initialisation."""
+    D, p, patches = c.width, c.patch_size, c.grid[0] * c.grid[1]
     return Clip(
         patch_embed=ArraySpec((3, p, p, D), (None, None, None, "embed")),
         class_embed=ArraySpec((D,), (None,)),
         position_embed=ArraySpec((patches + 1, D), (None, "embed")),
-        pre_norm=norm,
-        layers=stack(layer, c.num_layers),
-        post_norm=norm,
+        pre_norm=norm_specs(D),
+        layers=layer_specs(c),
+        post_norm=norm_specs(D),
     )
 
 
@@ -170,31 +180,43 @@ def encode(
 
     Runs only as many blocks as the highest feature layer needs.
     """
-    p, (rows, cols) = c.patch_size, c.grid
-    M = pixels.shape[0]
-    if pixels.shape[1:] != (c.image_size, c.image_size, 3):
-        raise JaxVQAError(f"pixels {pixels.shape}: expected [M, {c.image_size}, {c.image_size}, 3]")
-    pixels = constrain(pixels, BATCH).astype(params.patch_embed.dtype)
-    patches = jnp.reshape(pixels, (M, rows, p, cols, p, 3), out_sharding=layout(BATCH))
-    x = einsum("MhpwqC,CpqD->MhwD", patches, params.patch_embed, out=BATCH)
-    x = jnp.reshape(x, (M, rows * cols, c.width), out_sharding=layout(ACT_BTD))
-    first = jnp.broadcast_to(params.class_embed, (M, 1, c.width), out_sharding=layout(ACT_BTD))
+    x = embed_patches(params.patch_embed, c, pixels)
+    first = jnp.broadcast_to(params.class_embed, (len(x), 1, c.width), out_sharding=layout(ACT_BTD))
     x = jnp.concatenate([first, x], axis=1) + constrain(params.position_embed, (None, None))
     x = layer_norm(x, params.pre_norm, c.norm_eps)
 
     wanted = [hidden_index(c, f) for f in feature_layers]
     states, done = {0: x}, 0
     for stop in sorted(set(wanted)):
-
-        def step(x, i):
-            with jax.named_scope("vision/layer"):
-                layer = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), params.layers)
-                return _block(layer, c, x, backend), None
-
-        if stop > done:
-            x, _ = jax.lax.scan(step, x, jnp.arange(done, stop))
-        states[stop], done = x, stop
+        states[stop] = x = run_blocks(params.layers, c, x, done, stop, backend)
+        done = stop
     return jnp.concatenate([states[i] for i in wanted], axis=-1)
+
+
+def embed_patches(
+    kernel: Float[Array, "C p p D"], c: ClipConfig, pixels: Float[Array, "M E E 3"]
+) -> Float[Array, "M P D"]:
+    """The convolution of non-overlapping patches, row-major."""
+    p, (rows, cols), M = c.patch_size, c.grid, pixels.shape[0]
+    if pixels.shape[1:] != (c.image_size, c.image_size, 3):
+        raise JaxVQAError(f"pixels {pixels.shape}: expected [M, {c.image_size}, {c.image_size}, 3]")
+    pixels = constrain(pixels, BATCH).astype(kernel.dtype)
+    patches = jnp.reshape(pixels, (M, rows, p, cols, p, 3), out_sharding=layout(BATCH))
+    x = einsum("MhpwqC,CpqD->MhwD", patches, kernel, out=BATCH)
+    return jnp.reshape(x, (M, rows * cols, c.width), out_sharding=layout(ACT_BTD))
+
+
+def run_blocks(
+    layers: ClipLayer, c: ClipConfig, x: Float[Array, "M P D"], start: int, stop: int, backend: str
+) -> Float[Array, "M P D"]:
+    """The blocks start..stop-1."""
+
+    def step(x, i):
+        with jax.named_scope("vision/layer"):
+            layer = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), layers)
+            return _block(layer, c, x, backend), None
+
+    return jax.lax.scan(step, x, jnp.arange(start, stop))[0] if stop > start else x
 
 
 def _block(w: ClipLayer, c: ClipConfig, x, backend):
