@@ -66,6 +66,8 @@ class Found(NamedTuple):
     """How far the window stands out, in units of the map; -inf for the whole image."""
     ratio: Int[Array, ""]
     """Which ratio won (index)."""
+    window: Int[Array, "4"]
+    """The window on the map, xyxy in cells, half-open."""
 
 
 def plan(geometry: Geometry, base: float | int, ratios: Sequence[float | int] = RATIOS) -> Windows:
@@ -151,12 +153,16 @@ def find(
     scores = jnp.where(windows.usable, scores, -jnp.inf)
 
     best = jnp.argmax(scores)
-    x1, x2 = jnp.asarray(windows.x_spans)[best, peak_x[best]]
-    y1, y2 = jnp.asarray(windows.y_spans)[best, peak_y[best]]
+    x, y = peak_x[best], peak_y[best]
+    x1, x2 = jnp.asarray(windows.x_spans)[best, x]
+    y1, y2 = jnp.asarray(windows.y_spans)[best, y]
+    window = jnp.stack([x, y, x + jnp.asarray(windows.columns)[best], y + jnp.asarray(windows.rows)[best]])
+    everywhere = jnp.stack([windows.x_range, windows.y_range], axis=1).ravel()
     return Found(
         box=jnp.where(windows.whole, windows.image, jnp.stack([x1, y1, x2, y2])),
         score=jnp.where(windows.whole, -jnp.inf, jnp.ldexp(scores[best], exponent)),
         ratio=jnp.where(windows.whole, 0, best),
+        window=jnp.where(windows.whole, everywhere, window),
     )
 
 

@@ -227,6 +227,94 @@ def test_the_corrected_box_holds_the_hot_cell_and_the_official_one_may_not(mode,
     assert (missed > 0) == (mode != "squash")
 
 
+# The table of HiPerson's section 9: 24 x 24 cells, base 336; ratio, window (x, y, columns, rows), sum, score with and
+# without area normalisation (None where the table leaves it out).
+
+
+def hot_cell():
+    heat = np.zeros((24, 24), np.float32)
+    heat[12, 12] = 1
+    return heat
+
+
+def hot_block():
+    heat = np.zeros((24, 24), np.float32)
+    heat[8:14, 10:16] = 1
+    return heat
+
+
+def gaussian():
+    """Windows of an odd number of rows tie with their mirror image; in the table's arithmetic the lower one won."""
+    y, x = np.mgrid[:24, :24]
+    return np.exp(-((x - 15.5) ** 2 + (y - 7.5 - 2e-6) ** 2) / 18).astype(np.float32)
+
+
+HIPERSON = [
+    (hot_cell, (2016, 2016), 1.0, (9, 9, 4, 4), 1, 0.03125, 0.5),
+    (hot_cell, (2016, 2016), 1.2, (9, 9, 4, 4), 1, 0.03125, 0.5),
+    (hot_cell, (2016, 2016), 1.4, (8, 8, 5, 5), 1, 0.02, 0.5),
+    (hot_cell, (2016, 2016), 1.6, (7, 7, 6, 6), 1, 0.013889, 0.5),
+    (hot_cell, (2016, 2016), 1.8, (6, 6, 7, 7), 1, None, None),
+    (hot_cell, (2016, 2016), 2.0, (5, 5, 8, 8), 1, None, None),
+    (hot_block, (2016, 2016), 1.0, (10, 8, 4, 4), 16, 0.125, 2),
+    (hot_block, (2016, 2016), 1.4, (10, 8, 5, 5), 25, 0.1, 2.5),
+    (hot_block, (2016, 2016), 1.6, (10, 8, 6, 6), 36, 0.166667, 6),
+    (hot_block, (2016, 2016), 1.8, (9, 7, 7, 7), 36, 0.061224, 3),
+    (hot_block, (2016, 2016), 2.0, (8, 6, 8, 8), 36, 0.046875, 3),
+    (gaussian, (2016, 1512), 1.0, (14, 6, 4, 5), 16.609252, 0.037110, 0.742208),
+    (gaussian, (2016, 1512), 1.2, (14, 5, 4, 6), 19.250285, 0.034467, 0.827197),
+    (gaussian, (2016, 1512), 1.4, (13, 5, 5, 7), 25.140205, 0.027326, 0.956393),
+    (gaussian, (2016, 1512), 1.6, (13, 4, 6, 8), 31.745728, 0.022608, 1.085199),
+    (gaussian, (2016, 1512), 1.8, (12, 4, 7, 9), 36.703037, 0.017020, 1.072255),
+    (gaussian, (2016, 1512), 2.0, (12, 3, 8, 10), 41.989112, 0.013067, 1.045325),
+]
+
+
+@pytest.mark.parametrize(("make", "size", "ratio", "window", "total", "normalised", "literal"), HIPERSON)
+def test_each_ratio_has_the_window_and_saliency_of_hipersons_table(
+    make, size, ratio, window, total, normalised, literal
+):
+    heat, windows = make(), plan(for_squash(*size, 336, (24, 24)), 336, (ratio,))
+    for area_norm, score in ((True, normalised), (False, literal)):
+        found = find(heat, windows, area_norm=area_norm)
+        x1, y1, x2, y2 = found.window.tolist()
+        assert (x1, y1, x2 - x1, y2 - y1) == window
+        # Sums of 42 in float32, and the shift of the Gaussian; an area is 16 cells or more.
+        assert heat[y1:y2, x1:x2].sum() == pytest.approx(total, abs=1e-5)
+        assert score is None or float(found.score) == pytest.approx(score, abs=1e-6 if area_norm else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "options", "ratio", "box"),
+    [
+        (hot_cell, (2016, 2016), {}, 0, (756, 756, 1092, 1092)),
+        (hot_cell, (2016, 2016), {"area_norm": False}, 0, (756, 756, 1092, 1092)),
+        (hot_block, (2016, 2016), {}, 3, (824, 656, 1360, 1192)),
+        (hot_block, (2016, 2016), {"area_norm": False}, 3, (824, 656, 1360, 1192)),
+        (hot_block, (2016, 2016), {"neighbours": 8}, 3, (824, 656, 1360, 1192)),
+        (hot_block, (2016, 2016), {"neighbours": 8, "area_norm": False}, 3, (824, 656, 1360, 1192)),
+        (gaussian, (2016, 1512), {}, 0, (1176, 367, 1512, 703)),
+        (gaussian, (2016, 1512), {"area_norm": False}, 3, (1076, 236, 1612, 772)),
+        (hot_cell, (336, 336), {}, 0, (0, 0, 336, 336)),
+    ],
+)
+def test_the_chosen_ratio_and_box_are_those_of_hipersons_table(make, size, options, ratio, box):
+    found = find(make(), plan(for_squash(*size, 336, (24, 24)), 336), **options)
+    assert tuple(found.box.tolist()) == box
+    assert found.ratio == ratio
+
+
+@pytest.mark.parametrize(("area_norm", "score"), [(True, 0.236111), (False, 8.5)])
+def test_eight_neighbours_lower_the_surroundings_of_a_block(area_norm, score):
+    found = find(hot_block(), plan(for_squash(2016, 2016, 336, (24, 24)), 336), neighbours=8, area_norm=area_norm)
+    assert float(found.score) == pytest.approx(score, abs=1e-6)
+
+
+def test_the_window_of_a_whole_image_is_all_that_sees_it():
+    found = find(hot_cell(), plan(for_pad(300, 150, 336, (24, 24)), 336))
+    assert found.window.tolist() == [0, 6, 24, 18]
+
+
 def test_a_batch_of_images_of_any_size_is_one_call():
     rng = np.random.default_rng(0)
     heat = rng.random((len(SIZES), 24, 24), np.float32)
