@@ -23,10 +23,13 @@ from jaxvqa.prompts import Prompt
 from jaxvqa.taps import Plugin, Readouts, ReadSpec
 from jaxvqa.typing import Array, Bool, Float, Int
 
+Box = tuple[float, float, float, float]
+"""xyxy, half-open, pixels."""
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One question with its images. `box` and `answer` are the ground truth: only controls may look at them."""
+    """One question with its images. All from `boxes` on is the ground truth: only controls may look at it."""
 
     images: tuple[Any, ...]
     """What `images.open_image` accepts, one or several; a method receives them opened (RGB)."""
@@ -35,13 +38,18 @@ class Sample:
     """Names the sample in records and seeds its random keys; its place in the run where empty."""
     options: tuple[str, ...] = ()
     """The options of a multiple choice."""
-    box: tuple[float, float, float, float] | None = None
-    """Box of what is asked for, xyxy in pixels of the first image."""
+    boxes: tuple[Box, ...] = ()
+    """Boxes of all that is asked for, xyxy in pixels of the first image."""
+    rivals: tuple[Box, ...] = ()
+    """Boxes of things that share an attribute with what is asked for."""
+    other: str | None = None
+    """Another question about the same images."""
     answer: str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "images", as_tuple(self.images))
-        object.__setattr__(self, "options", tuple(self.options))
+        for name in ("options", "boxes", "rivals"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "id", "" if self.id is None else str(self.id))
 
     @property
@@ -50,6 +58,14 @@ class Sample:
         if not self.images:
             raise UserError(f"sample {self.id!r} has no image, and what was asked of it needs one")
         return self.images[0]
+
+    @property
+    def box(self) -> Box | None:
+        """The box around all `boxes`; None without any."""
+        if not self.boxes:
+            return None
+        x1, y1, x2, y2 = zip(*self.boxes, strict=True)
+        return min(x1), min(y1), max(x2), max(y2)
 
 
 @register_dataclass

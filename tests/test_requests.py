@@ -44,6 +44,19 @@ def test_a_samples_id_is_text():
     assert Sample(IMAGE, "?", id=None).id == ""
 
 
+@given(st.lists(st.tuples(*[st.integers(0, 9)] * 4), min_size=1, max_size=4))
+def test_a_samples_box_holds_all_its_boxes(boxes):
+    x1, y1, x2, y2 = np.array(boxes).T
+    sample = Sample(IMAGE, "?", boxes=boxes)
+    assert sample.boxes == tuple(boxes)
+    assert sample.box == (x1.min(), y1.min(), x2.max(), y2.max())
+
+
+def test_a_sample_without_boxes_has_no_box():
+    assert Sample(IMAGE, "?").boxes == Sample(IMAGE, "?").rivals == ()
+    assert Sample(IMAGE, "?").box is None and Sample(IMAGE, "?").other is None
+
+
 def test_requests_are_frozen_and_name_their_model():
     request = Read(IMAGE, "?", ReadSpec(), model="big")
     assert request.model == "big"

@@ -11,17 +11,25 @@ import functools
 import importlib
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxvqa.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxvqa.geometry import Geometry
 
 GROUP = "jaxvqa.methods"
 
 BUILTIN = {
     "vanilla": "jaxvqa.methods.vanilla:Vanilla",
     "vicrop": "jaxvqa.methods.vicrop:Vicrop",
+    "cof": "jaxvqa.methods.cof:Cof",
+    "blind": "jaxvqa.methods.controls:Blind",
     "random_crop": "jaxvqa.methods.controls:RandomCrop",
+    "rival_crop": "jaxvqa.methods.controls:RivalCrop",
+    "other_map": "jaxvqa.methods.controls:OtherMap",
     "truth_crop": "jaxvqa.methods.controls:TruthCrop",
+    "mask_reweight": "jaxvqa.methods.controls:MaskReweight",
 }
 
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {}
@@ -40,6 +48,14 @@ class Facts(NamedTuple):
     """Token rows and columns of an image."""
     template: str
     """Name of the prompt template that the model was trained with."""
+    view: str = "pad"
+    """How an image is laid into that square: a `geometry.Geometry.mode`, "pad", "crop" or "squash"."""
+
+    def geometry(self, size: tuple[int, int]) -> "Geometry":
+        """Where each image token of an image of `size` (W, H) looks."""
+        from jaxvqa import geometry
+
+        return getattr(geometry, f"for_{self.view}")(*size, self.image_side, self.grid)
 
 
 def names() -> list[str]:
@@ -111,6 +127,12 @@ def method_options(method: Callable) -> dict[str, Any]:
 def fill(options: Any, **values: Any) -> Any:
     """A copy of a dataclass of options with those that are None replaced by `values`."""
     return dataclasses.replace(options, **{k: v for k, v in values.items() if getattr(options, k) is None})
+
+
+def check_choice(options: Any, option: str, allowed: tuple[str, ...]) -> None:
+    """UserError where an option is none of those allowed."""
+    if getattr(options, option) not in allowed:
+        raise UserError(f"{options.name}: {option}={getattr(options, option)!r}; expected one of {', '.join(allowed)}")
 
 
 def scaled_layer(layer: int, of: int, num_layers: int) -> int:

@@ -1,27 +1,60 @@
-"""Controls: what a crop is worth when it lies anywhere, and when it lies where it should.
+"""Controls: what a method's result is to be measured against. They are measures of methods, not methods.
 
-Each answers exactly as ViCrop does, on the image and a crop. They are measures of a method, not methods.
+Each has an option `like`, the method that it controls for, and answers with that method's prompts; it differs in one
+thing only. Some look at the ground truth (`Sample.boxes`), at its rivals, or at another question about the image; a
+sample that lacks what a control needs is a UserError.
 """
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from jaxvqa import methods
 from jaxvqa.errors import UserError
-from jaxvqa.methods import Facts
+from jaxvqa.geometry import Geometry
+from jaxvqa.images import crop
+from jaxvqa.methods import Facts, check_choice, fill
+from jaxvqa.methods.cof import check_layers, check_strength, reweighted
+from jaxvqa.methods.vanilla import Vanilla
 from jaxvqa.methods.vicrop import Vicrop
+from jaxvqa.prompts import MARKER
 from jaxvqa.requests import Answer, Sample
+from jaxvqa.typing import Float
 
-VICROP = Vicrop()
+VANILLA, VICROP = Vanilla(), Vicrop()
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Blind:
+    """Control: the question without its image.
+
+    What the words alone let one guess: answers above this come from the image.
+    """
+
+    name: ClassVar[str] = "blind"
+
+    like: Vanilla = VANILLA
+    """What asks the question."""
+
+    def bind(self, facts: Facts, preset: dict[str, Any]) -> "Blind":
+        return replace(self, like=methods.bind(self.like, facts))
+
+    def __call__(self, sample: Sample) -> Generator[Any, Any, Answer]:
+        question = sample.question.replace(MARKER, "").strip()
+        return (yield from self.like(replace(sample, images=(), question=question)))
 
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Control: a crop of ViCrop's size for the same question, at a random place."""
+    """Control: a crop of ViCrop's size for the same question, at a random place.
+
+    What a second, sharper view is worth wherever it lies.
+    """
 
     name: ClassVar[str] = "random_crop"
 
@@ -31,12 +64,11 @@ class RandomCrop:
     """With the sample's id, decides the place."""
 
     def bind(self, facts: Facts, preset: dict[str, Any]) -> "RandomCrop":
-        return RandomCrop(methods.bind(self.like, facts), self.seed)
+        return replace(self, like=methods.bind(self.like, facts))
 
     def __call__(self, sample: Sample) -> Generator[Any, Any, Answer]:
         (x1, y1, x2, y2), _, _ = yield from self.like.locate(sample)
-        digest = blake2b(f"{self.seed}/{sample.id}".encode(), digest_size=8).digest()
-        u, v = np.random.default_rng(int.from_bytes(digest)).random(2)
+        u, v = random(sample, self.seed).random(2)
         (W, H), w, h = sample.image.size, x2 - x1, y2 - y1
         box = (u * (W - w), v * (H - h), u * (W - w) + w, v * (H - h) + h)
         reply = yield from self.like.answer(sample, box)
@@ -44,32 +76,172 @@ class RandomCrop:
 
 
 @dataclass(frozen=True)
-class TruthCrop:
-    """Control: a crop of ViCrop's smallest size around the ground-truth box (larger where the box is)."""
+class RivalCrop:
+    """Control: a crop like the ground truth's, around a thing that only resembles the target.
 
-    name: ClassVar[str] = "truth_crop"
+    What a view of the right kind of thing is worth: whether the answer is read from the target or from any plate. Of
+    the rivals whose crop holds less than half of each target, the sample's id picks one.
+    """
+
+    name: ClassVar[str] = "rival_crop"
 
     like: Vicrop = VICROP
     """The method whose crop size and prompt are taken."""
+    seed: int = 0
+    """With the sample's id, decides which rival."""
 
-    def bind(self, facts: Facts, preset: dict[str, Any]) -> "TruthCrop":
-        return TruthCrop(methods.bind(self.like, facts))
+    def bind(self, facts: Facts, preset: dict[str, Any]) -> "RivalCrop":
+        return replace(self, like=methods.bind(self.like, facts))
 
     def __call__(self, sample: Sample) -> Generator[Any, Any, Answer]:
-        if sample.box is None:
-            raise UserError(f"truth_crop: sample {sample.id!r} has no ground-truth box")
         assert self.like.base is not None, "bound"
-        box = square_around(sample.box, self.like.base, sample.image.size)
+        side = side_around(truth(sample, self.name), self.like.base)
+        if not sample.rivals:
+            raise UserError(f"rival_crop: sample {sample.id!r} has no rivals")
+        crops = [square_around(rival, side, sample.image.size) for rival in sample.rivals]
+        crops = [box for box in crops if not any(holds_half(box, target) for target in sample.boxes)]
+        if not crops:
+            raise UserError(f"rival_crop: sample {sample.id!r} has no rival whose crop leaves the targets out")
+        box = crops[random(sample, self.seed).integers(len(crops))]
         reply = yield from self.like.answer(sample, box)
         return Answer(reply.text, boxes=np.array([box]))
 
 
-def square_around(box: tuple[float, ...], side: float, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The square of `side` pixels, or of the box's longer side, centred on the box and moved into the image."""
+@dataclass(frozen=True)
+class OtherMap:
+    """Control: ViCrop with the map of another question about the image.
+
+    What a map owes to the image alone: a search that follows its question does worse with this one's.
+    """
+
+    name: ClassVar[str] = "other_map"
+
+    like: Vicrop = VICROP
+    """The search; the real question is asked in the end."""
+
+    def bind(self, facts: Facts, preset: dict[str, Any]) -> "OtherMap":
+        return replace(self, like=methods.bind(self.like, facts))
+
+    def __call__(self, sample: Sample) -> Generator[Any, Any, Answer]:
+        if sample.other is None:
+            raise UserError(f"other_map: sample {sample.id!r} has no other question")
+        box, grid, heatmap = yield from self.like.locate(replace(sample, question=sample.other))
+        reply = yield from self.like.answer(sample, box)
+        return Answer(reply.text, boxes=np.array([box]), grid=grid, heatmap=heatmap)
+
+
+@dataclass(frozen=True)
+class TruthCrop:
+    """Control: a crop of ViCrop's smallest size around the ground truth (larger where that is).
+
+    What a perfect search would reach. Several ground-truth boxes share one crop.
+    """
+
+    name: ClassVar[str] = "truth_crop"
+
+    like: Vicrop = VICROP
+    """The method whose crop size is taken and, with both images, whose prompt."""
+    images: Literal["both", "crop"] = "both"
+    """What is shown: the image and the crop, as in ViCrop, or the crop in the image's place."""
+    alone: Vanilla = VANILLA
+    """What asks about the crop in the image's place."""
+
+    def __post_init__(self):
+        check_choice(self, "images", ("both", "crop"))
+
+    def bind(self, facts: Facts, preset: dict[str, Any]) -> "TruthCrop":
+        return replace(self, like=methods.bind(self.like, facts), alone=methods.bind(self.alone, facts))
+
+    def __call__(self, sample: Sample) -> Generator[Any, Any, Answer]:
+        assert self.like.base is not None, "bound"
+        target = truth(sample, self.name)
+        box = square_around(target, side_around(target, self.like.base), sample.image.size)
+        if self.images == "both":
+            reply = yield from self.like.answer(sample, box)
+        else:
+            reply = yield from self.alone(replace(sample, images=(crop(sample.image, box), *sample.images[1:])))
+        return Answer(reply.text, boxes=np.array([box]))
+
+
+@dataclass(frozen=True)
+class MaskReweight:
+    """Control: attention to chosen tokens of the first image multiplied by λ, without a search.
+
+    CoF's second stage alone: what reweighting is worth in the right place, in another one, and on the whole image.
+    """
+
+    name: ClassVar[str] = "mask_reweight"
+
+    like: Vanilla = VANILLA
+    """What asks the question."""
+    mask: Literal["truth", "random", "all"] = "truth"
+    """The tokens: "truth", all that touch a ground-truth box (CoF's raster "cover"); "random", the same moved
+    cyclically by random numbers of rows and columns, within what the encoder sees of the image; "all"."""
+    lam: float = 2.0
+    """λ, the factor: 2 is CoF's for LLaVA-1.5-7B; 1 changes nothing, 0 hides the tokens."""
+    layers: tuple[int, ...] | None = None
+    """Decoder layers (0-based) whose attention is reweighted; None is all."""
+    seed: int = 0
+    """With the sample's id, decides the random place."""
+    facts: Facts | None = None
+    """The model, whose image tokens must be known beforehand; filled in when the method is bound to it."""
+
+    def __post_init__(self):
+        check_choice(self, "mask", ("truth", "random", "all"))
+        check_strength(self)
+
+    def bind(self, facts: Facts, preset: dict[str, Any]) -> "MaskReweight":
+        bound = fill(fill(self, **preset), layers=tuple(range(facts.num_layers)))
+        check_layers(bound, facts)
+        return replace(bound, like=methods.bind(self.like, facts), facts=facts)
+
+    def __call__(self, sample: Sample) -> Generator[Any, Any, Answer]:
+        assert self.facts is not None, "bound"
+        view = self.facts.geometry(sample.image.size)
+        return (yield from reweighted(self, sample, self.tokens(sample, view), view))
+
+    def tokens(self, sample: Sample, view: Geometry) -> Float[np.ndarray, "h w"]:
+        """The mask, f32 in {0, 1}; of ones where a token is reweighted."""
+        if self.mask == "all":
+            return np.ones(view.grid, np.float32)
+        truth(sample, self.name)
+        mask = np.any([view.cells_of_box(box) > 0 for box in sample.boxes], axis=0)
+        if self.mask == "random":
+            rows, columns = view.valid_ranges()
+            seen = mask[slice(*rows), slice(*columns)]
+            seen[:] = np.roll(seen, random(sample, self.seed).integers(seen.shape), axis=(0, 1))
+        return mask.astype(np.float32)
+
+
+def truth(sample: Sample, method: str) -> Box:
+    """The box around all ground-truth boxes; UserError where there is none."""
+    if sample.box is None:
+        raise UserError(f"{method}: sample {sample.id!r} has no ground-truth box")
+    return sample.box
+
+
+def random(sample: Sample, seed: int) -> np.random.Generator:
+    """Random numbers that depend on the sample's id and the seed alone."""
+    digest = blake2b(f"{seed}/{sample.id}".encode(), digest_size=8).digest()
+    return np.random.default_rng(int.from_bytes(digest))
+
+
+def side_around(box: Box, base: float) -> float:
+    """Side of the square crop that holds a box: `base`, or the box's longer side."""
+    return max(base, box[2] - box[0], box[3] - box[1])
+
+
+def square_around(box: Box, side: float, size: tuple[int, int]) -> Box:
+    """The square of `side` pixels centred on a box and moved into the image; cut where the image is smaller."""
     x1, y1, x2, y2 = box
-    side = max(side, x2 - x1, y2 - y1)
     edges = []
     for centre, limit in (((x1 + x2) / 2, size[0]), ((y1 + y2) / 2, size[1])):
         low = min(max(centre - side / 2, 0), max(limit - side, 0))
         edges.append((low, min(low + side, limit)))
     return edges[0][0], edges[1][0], edges[0][1], edges[1][1]
+
+
+def holds_half(window: Box, box: Box) -> bool:
+    """Whether at least half of a box's area lies in a window."""
+    width, height = (max(0, min(box[i + 2], window[i + 2]) - max(box[i], window[i])) for i in (0, 1))
+    return 2 * width * height >= (box[2] - box[0]) * (box[3] - box[1])

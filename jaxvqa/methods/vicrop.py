@@ -10,7 +10,7 @@ import numpy as np
 from jaxvqa.errors import UserError
 from jaxvqa.geometry import for_squash
 from jaxvqa.images import crop
-from jaxvqa.methods import Facts, fill, scaled_layer
+from jaxvqa.methods import Facts, check_choice, fill, scaled_layer
 from jaxvqa.prompts import GENERAL_QUESTION, Prompt, render
 from jaxvqa.regions.windows import RATIOS, search
 from jaxvqa.requests import Answer, Generate, Read, Reply, Row, Sample
@@ -42,9 +42,8 @@ class Vicrop:
     """Tokens that the answer may have."""
 
     def __post_init__(self):
-        for option, allowed in (("maps", tuple(MAPS)), ("alignment", ("corrected", "official"))):
-            if getattr(self, option) not in allowed:
-                raise UserError(f"vicrop: {option}={getattr(self, option)!r}; expected one of {', '.join(allowed)}")
+        check_choice(self, "maps", tuple(MAPS))
+        check_choice(self, "alignment", ("corrected", "official"))
 
     def bind(self, facts: Facts, preset: dict[str, Any]) -> "Vicrop":
         bound = fill(fill(self, **preset), layer=scaled_layer(14, 32, facts.num_layers), base=facts.image_side)

@@ -8,6 +8,7 @@ import pytest
 from jaxvqa import methods
 from jaxvqa.cli import main
 from jaxvqa.cli.ask import configure
+from jaxvqa.cli.methods import attribute_docs
 from jaxvqa.errors import UserError
 from jaxvqa.methods import Facts
 
@@ -20,6 +21,17 @@ def test_every_method_has_its_name_a_summary_and_documented_defaults():
         assert cls.name == name
         assert cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}(")
         assert methods.resolve(name) == cls()
+
+
+def test_controls_stand_together_after_the_methods_and_say_what_they_are():
+    told = [methods.get(name).__doc__.startswith("Control: ") for name in methods.BUILTIN]
+    assert told == sorted(told) and sum(told) == 6
+
+
+def test_every_option_is_explained():
+    for name in methods.BUILTIN:
+        cls = methods.get(name)
+        assert set(attribute_docs(cls)) == {field.name for field in dataclasses.fields(cls)}, name
 
 
 def test_classes_are_attributes_of_the_package():

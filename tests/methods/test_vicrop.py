@@ -7,9 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from jaxvqa.errors import UserError
 from jaxvqa.geometry import for_crop, for_pad
-from jaxvqa.methods.controls import RandomCrop, TruthCrop, square_around
 from jaxvqa.methods.vanilla import Vanilla
 from jaxvqa.methods.vicrop import Vicrop, attention_on_image, preview_size
 from jaxvqa.requests import Generate, Read, Reading, Reply, Row, Sample
@@ -109,48 +107,6 @@ def test_vanilla_asks_once_with_the_short_ending():
     with pytest.raises(StopIteration) as stop:
         generator.send(Reply("x", ()))
     assert stop.value.value.text == "x" and len(stop.value.value.boxes) == 0
-
-
-@given(seed=st.integers(0, 999), width=st.sampled_from([400, 672, 1000]), height=st.sampled_from([336, 672, 900]))
-def test_a_random_crop_has_vicrops_size_and_lies_inside(seed, width, height):
-    grid = np.random.default_rng(seed).random(GRID).astype(np.float32)
-    sample, geometry = Sample(picture(width, height), "?", id=str(seed)), for_pad(width, height, 336, GRID)
-    flat = np.ones(GRID, np.float32)
-    theirs = drive(VICROP, sample, grid, flat, geometry)[2].boxes[0]
-    mine = drive(RandomCrop(VICROP), sample, grid, flat, geometry)[2].boxes[0]
-    np.testing.assert_allclose(mine[2:] - mine[:2], theirs[2:] - theirs[:2], atol=1e-3)
-    assert (mine >= 0).all() and mine[2] <= width + 1e-3 and mine[3] <= height + 1e-3
-    np.testing.assert_array_equal(mine, drive(RandomCrop(VICROP), sample, grid, flat, geometry)[2].boxes[0])
-
-
-def test_random_crops_differ_between_samples_and_seeds():
-    grid, flat = spike(3, 3), np.ones(GRID, np.float32)
-    geometry = for_pad(1000, 1000, 336, GRID)
-    boxes = {
-        tuple(
-            drive(RandomCrop(VICROP, seed), Sample(picture(1000, 1000), "?", id=name), grid, flat, geometry)[2].boxes[0]
-        )
-        for name in "ab"
-        for seed in (0, 1)
-    }
-    assert len(boxes) == 4
-
-
-@given(
-    x=st.floats(0, 600), y=st.floats(0, 400), w=st.floats(1, 300), h=st.floats(1, 300), side=st.sampled_from([100, 336])
-)
-def test_the_truth_crop_holds_the_box_and_stays_in_the_image(x, y, w, h, side):
-    size = (700, 500)
-    box = (x, y, min(x + w, 700), min(y + h, 500))
-    x1, y1, x2, y2 = square_around(box, side, size)
-    assert 0 <= x1 <= box[0] + 1e-6 and 0 <= y1 <= box[1] + 1e-6
-    assert box[2] <= x2 + 1e-6 <= 700 + 2e-6 and box[3] <= y2 + 1e-6 <= 500 + 2e-6
-    assert x2 - x1 == pytest.approx(max(side, box[2] - x, box[3] - y))
-
-
-def test_the_truth_crop_needs_the_truth():
-    with pytest.raises(UserError, match="no ground-truth box"):
-        TruthCrop(VICROP)(Sample(picture(30, 30), "?", id="7")).send(None)
 
 
 @given(w=st.integers(1, 5000), h=st.integers(1, 5000))

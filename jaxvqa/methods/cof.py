@@ -1,0 +1,119 @@
+"""CoF ("Coarse to Fine-Grained Image Understanding"): ground the answer, then attend more to where it lies."""
+
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from jaxvqa import methods
+from jaxvqa.errors import UserError
+from jaxvqa.geometry import Geometry
+from jaxvqa.methods import Facts, check_choice, fill
+from jaxvqa.methods.vanilla import Vanilla
+from jaxvqa.methods.vicrop import preview_size
+from jaxvqa.prompts import render
+from jaxvqa.regions import boxes
+from jaxvqa.requests import Answer, Generate, Row, Sample
+from jaxvqa.taps import Edit, Tap, Taps
+from jaxvqa.transforms.reweight import log_reweight, on_keys
+from jaxvqa.typing import Array, Float
+
+GROUNDING = (
+    "According to the information in the image and the question, \n"
+    "detail the bounding box of the region in the image that contains the answer in JSON format."
+)
+"""The released code's prompt; its line break is there."""
+ASKING = Vanilla(template="vicuna_v1", max_new_tokens=128)
+
+
+@dataclass(frozen=True)
+class Cof:
+    """CoF: the model says where the answer lies, and is asked again with its attention to those tokens times λ."""
+
+    name: ClassVar[str] = "cof"
+    paper: ClassVar[str] = "CoF: Coarse to Fine-Grained Image Understanding for Multi-modal Large Language Models"
+
+    lam: float | None = None
+    """λ, the factor of the attention weights; None is 2, in models of 40 layers (LLaVA-1.5-13B) 4.5."""
+    alpha: float | None = None
+    """α, the enlargement of the boxes; None is 1.3, in models of 40 layers 1."""
+    layers: tuple[int, ...] | None = None
+    """Decoder layers (0-based) whose attention is reweighted; None is all."""
+    preset: Literal["default", "strict"] = "default"
+    """What the following are where they are None: "strict" is the released code with its slips."""
+    parse: str | None = None
+    """Reading of the reply: "tolerant" (any JSON) or "strict" (one expression, the first match)."""
+    multi_box: str | None = None
+    """"union" of all boxes, or the "first"."""
+    square: bool | None = None
+    """Whether boxes become squares of their longer side."""
+    clamp: str | None = None
+    """At the border: "shift" moves a box inside, "code" is the release."""
+    raster: str | None = None
+    """Boxes to tokens: "code" (the release) or "cover" (all that a box touches)."""
+    fallback: str | None = None
+    """Tokens selected where no box is found: "all" or "none"."""
+    grounding_prompt: str = GROUNDING
+    """What follows the question's first line in the grounding prompt."""
+    like: Vanilla = ASKING
+    """What asks the question; the grounding uses its template and length, too."""
+    facts: Facts | None = None
+    """The model, whose image tokens must be known beforehand; filled in when the method is bound to it."""
+
+    def __post_init__(self):
+        check_choice(self, "preset", tuple(boxes.PRESETS))
+        check_strength(self)
+
+    def bind(self, facts: Facts, preset: dict[str, Any]) -> "Cof":
+        large = facts.num_layers >= 40
+        bound = fill(fill(self, **preset), lam=4.5 if large else 2.0, alpha=1.0 if large else 1.3)
+        bound = fill(bound, layers=tuple(range(facts.num_layers)), **boxes.PRESETS[self.preset])
+        check_layers(bound, facts)
+        return replace(bound, like=methods.bind(self.like, facts), facts=facts)
+
+    def __call__(self, sample: Sample) -> Generator[Any, Any, Answer]:
+        assert self.facts is not None and self.like.template is not None, "bound"
+        view = self.facts.geometry(sample.image.size)
+        stem = sample.question.split("\n")[0]
+        where = f"{stem}\n{self.grounding_prompt}"
+        prompt = render(self.like.template, where, num_images=len(sample.images), ending="open")
+        reply = yield Generate(sample.images, prompt, max_new_tokens=self.like.max_new_tokens)
+        found = boxes.parse(reply.text, max(sample.image.size), self.parse or "tolerant")
+        how: dict[str, Any] = {name: getattr(self, name) for name in boxes.PRESETS[self.preset] if name != "parse"}
+        mask = boxes.select(found.boxes, view.grid, self.alpha or 1.0, **how)
+        answer = yield from reweighted(self, sample, mask, view)
+        status = "nothing found" if found.status == "no_box" else found.status
+        return replace(answer, boxes=boxes.to_pixels(found.boxes, view), status=status)
+
+
+def reweighted(method: Any, sample: Sample, mask: np.ndarray, view: Geometry) -> Generator[Any, Any, Answer]:
+    """The second stage of a method with `lam`, `layers` and `like`: the question, with the mask's tokens reweighted."""
+    mask = mask.astype(np.float32)
+    strengths = np.ones((max(method.layers) + 1, 1), np.float32)
+    strengths[list(method.layers)] = method.lam
+    asking = method.like(sample)
+    reply = yield replace(next(asking), taps=reweight, args=(mask, strengths))
+    return Answer(reply.text, grid=mask, heatmap=view.to_image(mask, preview_size(sample.image.size)))
+
+
+def reweight(row: Row, mask: Float[Array, "h w"], strengths: Float[Array, "L #N"]) -> Taps:
+    """Multiply the attention of every row to the first image's tokens by λ^M, in prefill and while decoding.
+
+    strengths: λ for each of the first L layers, and head if they differ; 1 leaves a layer as it is.
+    """
+    bias = on_keys(log_reweight(mask, strengths[:, :, None, None]), row.image_starts[0], row.keys)
+    return Taps((Edit(Tap(key_bias=bias), 0, len(strengths)),))
+
+
+def check_strength(options: Any) -> None:
+    """UserError where `lam` is given and is no factor."""
+    if options.lam is not None and not 0 <= options.lam < inf:
+        raise UserError(f"{options.name}: lam={options.lam}; expected 0 or more")
+
+
+def check_layers(options: Any, facts: Facts) -> None:
+    """UserError where `layers` are not the model's."""
+    if not options.layers or not all(0 <= layer < facts.num_layers for layer in options.layers):
+        raise UserError(f"{options.name}: layers={options.layers}; {facts.name} has layers 0 to {facts.num_layers - 1}")
