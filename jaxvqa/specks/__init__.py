@@ -2,5 +2,18 @@
 
 from jaxvqa.specks.glyphs import CHARACTERS
 from jaxvqa.specks.scenes import COLORS, SHAPES, SIZE, Plate, Scene, crop_around, random_view, scene
+from jaxvqa.specks.strata import STRATA, samples
 
-__all__ = ["CHARACTERS", "COLORS", "SHAPES", "SIZE", "Plate", "Scene", "crop_around", "random_view", "scene"]
+__all__ = [
+    "CHARACTERS",
+    "COLORS",
+    "SHAPES",
+    "SIZE",
+    "STRATA",
+    "Plate",
+    "Scene",
+    "crop_around",
+    "random_view",
+    "samples",
+    "scene",
+]

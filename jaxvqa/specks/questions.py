@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxvqa.specks.scenes import COLORS, SHAPES, Box, Plate, Scene
 
-KINDS = ("read", "color", "shape", "presence", "relation", "count", "where", "describe", "objects")
+KINDS = ("read", "pair", "color", "shape", "presence", "relation", "count", "where", "describe", "objects")
 PLURALS = {"square": "squares", "triangle": "triangles", "diamond": "diamonds", "cross": "crosses"}
 
 SHORT = "Answer the question using a single word or phrase."
@@ -54,28 +54,35 @@ def questions(
     unclear = [p for p in scene.plates if GONE <= p.visible(view) <= THERE]
     makers = {
         "read": lambda: _read(rng, seen, view),
+        "pair": lambda: _pair(rng, seen, view),
         "color": lambda: _attribute(seen, unclear, view, "color"),
         "shape": lambda: _attribute(seen, unclear, view, "shape"),
         "presence": lambda: _presence(rng, scene, seen, unclear),
         "relation": lambda: _relation(rng, seen, view),
         "count": lambda: _count(rng, seen, unclear),
         "where": lambda: _where(rng, seen, view),
-        "describe": lambda: [Question("describe", str(rng.choice(DESCRIBE)), "", caption(scene.plates, view))],
+        "describe": lambda: _describe(rng, scene, seen, view),
         "objects": lambda: _objects(rng, scene),
     }
     found = [question for kind in kinds for question in makers[kind]()]
     return [found[i] for i in rng.permutation(len(found))]
 
 
-def has_rivals(plate: Plate, plates: tuple[Plate, ...]) -> bool:
-    """Whether another plate has the same colour and another the same shape."""
+def has_rivals(plate: Plate, plates: tuple[Plate, ...], count: int = 2) -> bool:
+    """Whether at least `count` other plates have the same colour and as many the same shape."""
     others = [p for p in plates if p is not plate]
-    return any(p.color == plate.color for p in others) and any(p.shape == plate.shape for p in others)
+    return min(sum(p.color == plate.color for p in others), sum(p.shape == plate.shape for p in others)) >= count
 
 
 def read_question(plate: Plate) -> Question:
     """What is written on `plate`?"""
     return Question("read", f"What character is on the {plate.name}?", SHORT, plate.character, (plate,))
+
+
+def pair_question(a: Plate, b: Plate) -> Question:
+    """What is written on two plates?"""
+    text = f"What characters are on the {a.name} and the {b.name}?"
+    return Question("pair", text, SHORT, f"{a.character} and {b.character}", (a, b))
 
 
 def caption(plates: tuple[Plate, ...], view: Box) -> str:
@@ -105,6 +112,16 @@ def _some(rng: np.random.Generator, items: list, count: int) -> list:
 def _read(rng, seen, view):
     legible = [p for p in seen if p.legible(view)]
     return [read_question(p) for p in _some(rng, legible or seen, 3 if legible else 1)]
+
+
+def _pair(rng, seen, view):
+    a, b, *_ = *_some(rng, [p for p in seen if p.legible(view)], 2), None, None
+    return [pair_question(a, b)] if b is not None else []
+
+
+def _describe(rng, scene, seen, view):
+    """Longer captions would be all that fits into a row of training."""
+    return [Question("describe", str(rng.choice(DESCRIBE)), "", caption(scene.plates, view))] if len(seen) <= 12 else []
 
 
 def _attribute(seen, unclear, view, wanted):
@@ -177,13 +194,14 @@ def _objects(rng, scene):
     plural = PLURALS[a.shape]
     ask, purpose, needs = [
         (f"What character is on the {a.name}?", "read the character", a.name),
+        (f"What characters are on the {a.name} and the {b.name}?", "read the characters", f"{a.name} and {b.name}"),
         (f"Is the {a.name} left or right of the {b.name}?", "compare the positions", f"{a.name} and {b.name}"),
         (f"Is the {a.name} above or below the {b.name}?", "compare the positions", f"{a.name} and {b.name}"),
         (f"How many {plural} are there?", f"count the {plural}", f"all {plural}"),
         (f"How many {a.color} plates are there?", "count the plates", f"all {a.color} plates"),
         (f"What color is the {a.shape}?", "determine the color", a.shape),
         (f"What shape is the {a.color} plate?", "determine the shape", f"{a.color} plate"),
-    ][int(rng.integers(7))]
+    ][int(rng.integers(8))]
     return [Question("objects", f"Question: {ask}", OBJECTS, objects_answer(needs, purpose))]
 
 

@@ -25,15 +25,34 @@ COLORS = {
     "black": (22, 22, 22),
 }
 SHAPES = ("square", "triangle", "diamond", "cross")
-PLATES = (8, 12)
-PLATE_SIDE = (64, 92)
-CHARACTER_HEIGHT = (14, 20)
 TEXTURES = 64
 _BRIGHT = ("orange", "yellow", "white")
 _COLOR_NAMES = tuple(COLORS)
 _RIM = 3
 
 Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a kind of scene holds: how many plates, their sides and the heights of their characters in pixels.
+
+    Ranges include both ends; the smallest plate has the smallest character, and so on in proportion.
+    """
+
+    plates: tuple[int, int]
+    side: tuple[int, int]
+    character: tuple[int, int]
+
+
+LAYOUTS = {
+    "small": Layout((8, 12), (64, 92), (14, 20)),
+    "crowded": Layout((24, 30), (104, 128), (55, 70)),
+    "whole": Layout((3, 6), (120, 240), (54, 130)),
+    "dense": Layout((28, 28), (64, 92), (14, 20)),
+}
+"""By kind of scene. small: characters of 14-20 px, which only a crop shows. crowded: larger plates, characters of 55-70
+px, which a look at the right one of many shows. whole: few large plates. dense: to train on, much to see per view."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +68,10 @@ class Plate:
     @property
     def name(self) -> str:
         return f"{self.color} {self.shape}"
+
+    @property
+    def side(self) -> int:
+        return self.box[2] - self.box[0]
 
     @property
     def center(self) -> tuple[float, float]:
@@ -71,6 +94,7 @@ class Scene:
 
     seed: int
     index: int
+    kind: str
     plates: tuple[Plate, ...]
     box: Box = field(default=(0, 0, SIZE, SIZE), init=False)
 
@@ -89,28 +113,34 @@ class Scene:
         return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def scene(seed: int, index: int, crowd: int | None = None) -> Scene:
-    """The scene number `index` of the world `seed`.
+def scene(seed: int, index: int, kind: str = "small") -> Scene:
+    """The scene number `index` of the world `seed`, of one of the kinds of `LAYOUTS`.
 
-    Five colours occur. One plate is the only one of its colour, another the only one of its shape; the others are
-    distinct pairs of the remaining four colours and three shapes, so that nearly each has rivals in both.
-    With `crowd` the scene has that many plates (up to about 32), colours and shapes at random: more to see per view.
+    small: five colours occur. One plate is the only one of its colour, another the only one of its shape; the others
+    are distinct pairs of the remaining four colours and three shapes, five of which make a plate with two rivals of
+    its colour and two of its shape. crowded: distinct pairs of all colours and shapes. whole: distinct pairs of three
+    colours and three shapes. dense: any pairs.
     """
-    rng = np.random.default_rng((seed, index))
-    if crowd is None:
-        count = int(rng.integers(PLATES[0], PLATES[1] + 1))
-        colors, shapes = rng.permutation(len(COLORS))[:5], rng.permutation(len(SHAPES))
-        shared = [(color, shape) for color in colors[1:] for shape in shapes[1:]]
-        pairs = [(colors[0], rng.choice(shapes[1:])), (rng.choice(colors[1:]), shapes[0])]
-        pairs += [shared[i] for i in rng.permutation(len(shared))[: count - 2]]
-    else:
-        count = crowd
+    rng, layout = np.random.default_rng((seed, index)), LAYOUTS[kind]
+    count = int(rng.integers(layout.plates[0], layout.plates[1] + 1))
+    colors, shapes = rng.permutation(len(COLORS)), rng.permutation(len(SHAPES))
+    if kind == "small":
+        pairs = [(colors[0], rng.choice(shapes[1:])), (rng.choice(colors[1:5]), shapes[0])]
+        pairs += [(colors[1], shapes[n]) for n in (1, 2, 3)] + [(colors[n], shapes[1]) for n in (2, 3)]
+        others = [(color, shape) for color in colors[1:5] for shape in shapes[1:]]
+        others = [pair for pair in others if pair not in pairs]
+        pairs += [others[i] for i in rng.permutation(len(others))[: count - len(pairs)]]
+    elif kind == "dense":
         pairs = list(zip(rng.integers(0, len(COLORS), count), rng.integers(0, len(SHAPES), count), strict=True))
-    sides = rng.integers(PLATE_SIDE[0], PLATE_SIDE[1] + 1, count)
-    corners = _place(rng, sides)
+    else:
+        few = 3 if kind == "whole" else None
+        pairs = [(color, shape) for color in colors[:few] for shape in shapes[:few]]
+        pairs = [pairs[i] for i in rng.permutation(len(pairs))[:count]]
+    sides = rng.integers(layout.side[0], layout.side[1] + 1, count)
+    corners = _grid(rng, sides) if kind == "crowded" else _place(rng, sides)
     plates = []
     for (color, shape), side, (x, y) in zip(pairs, sides.tolist(), corners, strict=True):
-        height = int(rng.integers(CHARACTER_HEIGHT[0], CHARACTER_HEIGHT[1] + 1))
+        height = round(np.interp(side, layout.side, layout.character))
         width = round(height * 5 / 7)
         low = side / 6 if SHAPES[shape] == "triangle" else 0
         dx, dy = rng.integers(-2, 3, 2).tolist()
@@ -124,18 +154,22 @@ def scene(seed: int, index: int, crowd: int | None = None) -> Scene:
                 (left, top, left + width, top + height),
             )
         )
-    return Scene(seed, index, tuple(plates))
+    return Scene(seed, index, kind, tuple(plates))
 
 
 def random_view(rng: np.random.Generator, plates: tuple[Plate, ...], empty: float = 0.1) -> Box:
-    """A square crop, side log-uniform in 100..500 px, around a plate at a random offset, or (`empty`) around none."""
-    side = int(np.exp(rng.uniform(np.log(100), np.log(500))))
+    """A square crop around a plate at a random offset, or (`empty`) around none.
+
+    Its side is log-uniform from 1.3 to 6.4 times the mean plate's side (100..500 px for small plates), at most 800 px.
+    """
+    mean = np.mean([plate.side for plate in plates])
+    side = int(np.exp(rng.uniform(np.log(1.3 * mean), np.log(min(6.4 * mean, 800)))))
     if rng.random() < empty:
-        side = min(side, 250)
+        small = min(side, 250)
         for _ in range(20):
-            x, y = rng.integers(0, SIZE - side + 1, 2).tolist()
-            if not any(plate.visible((x, y, x + side, y + side)) for plate in plates):
-                return x, y, x + side, y + side
+            x, y = rng.integers(0, SIZE - small + 1, 2).tolist()
+            if not any(plate.visible((x, y, x + small, y + small)) for plate in plates):
+                return x, y, x + small, y + small
     center = plates[int(rng.integers(len(plates)))].center
     offset = rng.uniform(0.05, 0.95, 2) * side
     x, y = (int(np.clip(center[i] - offset[i], 0, SIZE - side)) for i in range(2))
@@ -143,7 +177,8 @@ def random_view(rng: np.random.Generator, plates: tuple[Plate, ...], empty: floa
 
 
 def crop_around(plate: Plate, side: int = 160) -> Box:
-    """The square crop of `side` pixels with the plate in its middle, moved inside the scene."""
+    """The square crop of `side` pixels (1.4 times the plate's, if that is more) around a plate, moved inside."""
+    side = min(max(side, round(1.4 * plate.side)), SIZE)
     x, y = (int(np.clip(c - side / 2, 0, SIZE - side)) for c in plate.center)
     return x, y, x + side, y + side
 
@@ -169,6 +204,18 @@ def _place(rng: np.random.Generator, sides: np.ndarray) -> list[tuple[int, int]]
             corners = np.vstack([corners, tries[free[0]]])
         else:
             return [(int(x), int(y)) for x, y in corners]
+
+
+def _grid(rng: np.random.Generator, sides: np.ndarray) -> list[tuple[int, int]]:
+    """Top left corners of squares, each at a random place of its own cell of a 6 x 5 or 5 x 6 grid."""
+    columns, rows = (6, 5) if rng.random() < 0.5 else (5, 6)
+    cells = rng.permutation(columns * rows)[: len(sides)]
+    corners = []
+    for cell, side in zip(cells.tolist(), sides.tolist(), strict=True):
+        low = [SIZE * (cell % columns) // columns, SIZE * (cell // columns) // rows]
+        free = [SIZE // n - 8 - side for n in (columns, rows)]
+        corners.append(tuple(int(a + 4 + rng.integers(f + 1)) for a, f in zip(low, free, strict=True)))
+    return corners
 
 
 def _render(scene: Scene) -> Image.Image:

@@ -44,9 +44,11 @@ from jaxvqa.typing import Array, Bool, Float, Int, UInt8
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 KINDS = (
     "read",
+    "pair",
     "color",
     "shape",
     "presence",
+    "side",
     "relation",
     "count",
     "where",
@@ -57,10 +59,12 @@ KINDS = (
     "stepwise",
     "partial",
 )
+_COMPARING = ("relation", "count", "pair")
 _LEGIBLE_FROM = 4.5
 _LOOKS = 20
 _LATER = 1 << 16  # steps of order: what precedes the images, the images, what sees them
-_SHARE = {"color": 1.0, "shape": 1.0, "character": 3.0, "box": 0.12}
+_SHARE = {"color": 1.0, "shape": 1.0, "character": 3.0, "box": 0.12, "place": 0.3}
+_PLACES = ("left", "right", "above", "below")
 
 
 # ---- dense targets ---------------------------------------------------------------------------------------------------
@@ -135,8 +139,10 @@ class Words:
 
     color: Int[np.ndarray, "9"]
     shape: Int[np.ndarray, "5"]
-    character: Int[np.ndarray, "20"]
+    character: Int[np.ndarray, "10"]
     number: Int[np.ndarray, "100"]
+    place: Int[np.ndarray, "2 2"]
+    """left, right; above, below."""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Words":
@@ -145,9 +151,11 @@ class Words:
             assert all(len(i) == 1 for i in found), f"not one token each: {words}"
             return np.array(found, np.int32)[:, 0]
 
-        spaced = [[f" {w}" for w in group] for group in ((*COLORS, "nothing"), (*SHAPES, "nothing"), CHARACTERS)]
-        color, shape, character = map(ids, spaced)
-        return cls(color, shape, character, ids([f"{n:02d}" for n in range(100)]))
+        spaced = [
+            [f" {w}" for w in group] for group in ((*COLORS, "nothing"), (*SHAPES, "nothing"), CHARACTERS, _PLACES)
+        ]
+        color, shape, character, place = map(ids, spaced)
+        return cls(color, shape, character, ids([f"{n:02d}" for n in range(100)]), place.reshape(2, 2))
 
 
 @register_dataclass
@@ -206,6 +214,26 @@ def _matching(layers: decoder.Layer) -> decoder.Layer:
     )
 
 
+def hand_over(trained: Trained, words: Words) -> Trained:
+    """Let the last head of the last four layers of the decoder match as the others do, and copy a number of the box.
+
+    Their values and outputs are the four matrices of stage 1, within the directions that the numbers' words span.
+    """
+    layers = trained.model.decoder.layers
+    H = layers.v_proj.shape[-1]
+    span = jnp.linalg.svd(trained.model.decoder.embed[words.number], full_matrices=False)[2][:H].T  # [D, H]
+    at = jnp.arange(4) + len(layers.q_proj) - 4
+    both = layers.q_proj[at, :, 0]
+    layers = replace(
+        layers,
+        q_proj=layers.q_proj.at[at, :, -1].set(both),
+        k_proj=layers.k_proj.at[at, :, -1].set(both),
+        v_proj=layers.v_proj.at[at, :, -1].set(trained.heads @ span),
+        o_proj=layers.o_proj.at[at, -1].set(0.5 * span.T),
+    )
+    return replace(trained, model=replace(trained.model, decoder=replace(trained.model.decoder, layers=layers)))
+
+
 def _waves(key: Array, points: Int[Array, "M C"], reach: float, width: int) -> Float[Array, "M D"]:
     """Random waves over points: unit variance, and correlated over distances of about `reach`."""
     frequency, phase = jax.random.split(key)
@@ -223,7 +251,7 @@ def normalise(images: UInt8[Array | np.ndarray, "*M E E 3"]) -> Float[Array, "*M
 def dense_loss(
     trained: Trained, features: Float[Array, "M P D"], target: Cells, words: Words, sharpness: float = 20.0
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Weighted cross-entropies of what each image token shows, and accuracy sums."""
+    """Weighted cross-entropies of what each image token shows and where, and accuracy sums."""
     embed = trained.model.decoder.embed
     length = jnp.linalg.norm(features, axis=-1, keepdims=True)
     unit = features / (length + 1e-6)
@@ -254,6 +282,11 @@ def dense_loss(
         loss += _SHARE["box"] * jnp.sum(weight * optax.softmax_cross_entropy(logits, soft)) / (jnp.sum(weight) + 1.0)
         miss = jnp.abs(logits.argmax(-1) - target.box[..., i])
         metrics["cell_box"] = metrics.get("cell_box", 0) + jnp.sum(weight * (miss <= 2)) / 4
+    for axis in (0, 1):
+        # The two words of an axis are its ends: half way between them is the middle of the view.
+        right = jax.nn.sigmoid(0.08 * ((target.box[..., axis] + target.box[..., axis + 2]) / 2 - 50))
+        ends = optax.softmax_cross_entropy(scores(unit, words.place[axis]), jnp.stack([1 - right, right], -1))
+        loss += _SHARE["place"] * jnp.sum(weight * ends) / (jnp.sum(weight) + 1.0)
     return loss, metrics | {"cell_box#": jnp.sum(weight)}
 
 
@@ -320,9 +353,9 @@ class Packer:
 
         keep: for each image token how many of its kind it stands for, 0 where it is left out; the others keep the
             positions that they have among all, and their keys a bias of log(keep). Default: all tokens.
-        hide: draws the questions, six in ten, whose tokens do not see the images: only the last token of the prompt and
-            the answer do. So the last token learns to look for itself, as relative attention expects of it, and not
-            only to ask the tokens of the target's name what they saw.
+        hide: draws the questions, six in ten of those about one plate, whose tokens do not see the images: only the
+            last token of the prompt and the answer do. So the last token learns to look for itself, as relative
+            attention expects of it, and not only to ask the tokens of the target's name what they saw.
         """
         P, T = self.image_tokens, self.length
         shared, images = [self.bos], 0
@@ -359,7 +392,7 @@ class Packer:
             position[at] = end + np.arange(len(tokens))
             order[at] = 2 * _LATER + position[at]
             first = n + len(prompt) - 1
-            if hide is not None and hide.random() < 0.6:
+            if hide is not None and ask.kind not in _COMPARING and hide.random() < 0.6:
                 order[n:first] = first_image + np.arange(len(prompt) - 1)
             if ask.cells is not None and looks < _LOOKS:
                 last[looks], look[looks] = first, (patch >= 0) & ask.cells[np.maximum(patch, 0)]
@@ -371,7 +404,7 @@ class Packer:
                 weight[first + i] = ask.weight * (0.05 if known or token == self.eos else 1.0)
                 if ask.kind == "where":
                     measured = token in self.numbers
-                elif ask.kind in ("describe", "objects"):
+                elif ask.kind in ("describe", "objects", "pair"):
                     measured = token != self.eos
                 else:
                     measured = i == (len(answer) - 2 if ask.kind == "stepwise" else 0)
@@ -407,7 +440,7 @@ def answer_loss(
     features: Float[Array, "B I P D"],
     rows: Packed,
     words: Words,
-    look_share: float = 0.0,
+    look_share: float | Float[Array, ""] = 0.0,
     look_layer: int = 3,
     backend: str = "xla",
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
@@ -450,7 +483,12 @@ VICUNA, VICROP = TEMPLATES["vicuna_v1"], TEMPLATES["vicrop_hf"]
 
 
 def target_cells(question: Question, view: Box, grid: int = 16) -> np.ndarray | None:
-    """Which image tokens of the view show the targets of a question, bool [P]; None if there are none."""
+    """Which image tokens of the view show the targets of a question, bool [P]; None if there are none.
+
+    A relation has none: looking at two plates at once says nothing of their order.
+    """
+    if question.kind == "relation":
+        return None
     side = (view[2] - view[0]) / grid
     mine = np.zeros((grid, grid), bool)
     for plate in question.targets:
@@ -492,7 +530,7 @@ def neutral(template) -> Ask:
     return Ask(turn(template, f"{DESCRIBE[0]}{template.ending_break}{SHORT}"), "plates", "blind", 0.05)
 
 
-_WEIGHTS = {"describe": 0.3, "objects": 0.1, "where": 0.4}
+_WEIGHTS = {"describe": 0.3, "objects": 0.1, "where": 0.5}
 
 
 def single(rng: np.random.Generator, scene: Scene, view: Box, terse: float = 0.0) -> Row:
@@ -506,7 +544,7 @@ def single(rng: np.random.Generator, scene: Scene, view: Box, terse: float = 0.0
         template = VICUNA
         extra = [q for _ in range(3) for q in questions(scene, rng, view, ("objects",))]
         asks = [Ask(_bare(q), q.answer, "objects", _WEIGHTS["objects"]) for q in extra]
-        blind = [q for q in asked if q.kind in ("read", "color", "shape", "presence", "relation", "count")][:5]
+        blind = [q for q in asked if q.kind in ("read", "pair", "color", "shape", "presence", "relation", "count")][:5]
         asks += [Ask(f"{q.text}\n{SHORT}{VICUNA.assistant}", q.answer, "blind", 0.3) for q in blind]
         return [head(VICUNA)], asks
     asks = [
@@ -521,6 +559,10 @@ def single(rng: np.random.Generator, scene: Scene, view: Box, terse: float = 0.0
         if q.kind != "objects"
     ]
     asks += [Ask(phrase(template, q, rng, terse), q.answer, "partial") for q in _partial_presence(rng, scene, view)]
+    asks += [
+        Ask(phrase(template, q, rng, terse), q.answer, "side", 1.0, target_cells(q, view))
+        for q in _side(rng, scene, view)
+    ]
     asks = [asks[i] for i in rng.permutation(len(asks))]
     if rng.random() < 0.15:
         asks.insert(0, neutral(template))
@@ -543,10 +585,23 @@ def _partial_presence(rng: np.random.Generator, scene: Scene, view: Box) -> list
     return found
 
 
+def _side(rng: np.random.Generator, scene: Scene, view: Box) -> list[Question]:
+    """In which half of the view a plate lies, which is learned before where it lies beside another."""
+    seen = [p for p in scene.plates if p.visible(view) > THERE]
+    if not seen:
+        return []
+    plate, axis = seen[int(rng.integers(len(seen)))], int(rng.integers(2))
+    words, middle = (("left", "right"), ("above", "below"))[axis], (view[axis] + view[axis + 2]) / 2
+    ask = ("on the left or right", "above or below the middle")[axis]
+    answer = words[int(plate.center[axis] > middle)]
+    return [Question("side", f"Is the {plate.name} {ask} of the image?", SHORT, answer, (plate,))]
+
+
 def double(rng: np.random.Generator, scene: Scene, crop: Box) -> Row:
     """Questions about the whole scene, then a crop of it (ViCrop's form; in a quarter of the rows in vicuna_v1)."""
     template = VICROP if rng.random() < 0.75 else VICUNA
     reads = [(q, "read2" if weight == 1 else "blind", weight, 1) for q, weight in _reads(rng, scene, crop)]
+    reads += [(q, "pair", 1.0, 1) for q in questions(scene, rng, crop, ("pair",))]
     others = [(q, q.kind, _WEIGHTS.get(q.kind, 1.0), 0) for q in _others(rng, scene)]
     asks = []
     for q, kind, weight, image in reads + others:

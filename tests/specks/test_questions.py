@@ -1,35 +1,43 @@
 import json
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxvqa.specks import random_view, scene
-from jaxvqa.specks.questions import GONE, KINDS, THERE, box_hundredths, caption, questions
+from jaxvqa.specks.questions import GONE, KINDS, THERE, box_hundredths, caption, has_rivals, questions
+from jaxvqa.specks.scenes import LAYOUTS
 
-indices = st.integers(0, 10_000)
+indices, kinds = st.integers(0, 10_000), st.sampled_from(sorted(LAYOUTS))
 
 
-def asked(index, whole):
-    made, rng = scene(6, index), np.random.default_rng(index)
+def asked(index, whole, kind="small"):
+    made, rng = scene(6, index, kind), np.random.default_rng(index)
     view = made.box if whole else random_view(rng, made.plates)
     return made, view, questions(made, rng, view)
 
 
-def test_a_whole_scene_gives_questions_of_every_kind():
-    assert {q.kind for n in range(5) for q in asked(n, True)[2]} == set(KINDS)
+@pytest.mark.parametrize(("kind", "missing"), [("small", {"pair"}), ("crowded", {"describe"}), ("whole", set())])
+def test_a_whole_scene_gives_questions_of_every_kind_that_it_allows(kind, missing):
+    """Two small characters cannot be read at once; a caption of thirty plates would be too long."""
+    assert {q.kind for n in range(30) for q in asked(n, True, kind)[2]} == set(KINDS) - missing
 
 
 @settings(max_examples=60, deadline=None)
-@given(indices, st.booleans())
-def test_questions_are_true_of_what_the_view_shows(index, whole):
-    made, view, found = asked(index, whole)
+@given(indices, st.booleans(), st.sampled_from(["small", "crowded", "whole"]))
+def test_questions_are_true_of_what_the_view_shows(index, whole, kind):
+    made, view, found = asked(index, whole, kind)
     seen = [p for p in made.plates if p.visible(view) > THERE]
     by_name = {p.name: p for p in made.plates}
     for q in found:
         assert all(t in seen for t in q.targets)
         if q.kind == "read":
             assert q.answer == q.targets[0].character and q.targets[0].name in q.text
+        elif q.kind == "pair":
+            a, b = q.targets
+            assert q.text == f"What characters are on the {a.name} and the {b.name}?" and a is not b
+            assert q.answer == f"{a.character} and {b.character}" and a.legible(view) and b.legible(view)
         elif q.kind in ("color", "shape"):
             assert q.answer == getattr(q.targets[0], q.kind) and q.answer not in q.text
         elif q.kind == "presence":
@@ -49,9 +57,9 @@ def test_questions_are_true_of_what_the_view_shows(index, whole):
 
 
 @settings(max_examples=40, deadline=None)
-@given(indices)
-def test_boxes_are_those_of_the_targets(index):
-    _, _, found = asked(index, True)
+@given(indices, kinds)
+def test_boxes_are_those_of_the_targets(index, kind):
+    _, _, found = asked(index, True, kind)
     for q in found:
         if q.targets:
             x1, y1, x2, y2 = q.box
@@ -78,3 +86,13 @@ def test_the_same_generator_gives_the_same_questions():
     made = scene(6, 1)
     first, second = (questions(made, np.random.default_rng(9)) for _ in range(2))
     assert first == second
+
+
+@settings(max_examples=40, deadline=None)
+@given(indices, kinds, st.integers(0, 3))
+def test_rivals_are_counted_by_colour_and_by_shape_without_the_plate_itself(index, kind, count):
+    plates = scene(6, index, kind).plates
+    for plate in plates:
+        by_color = [p for p in plates if p.color == plate.color]
+        by_shape = [p for p in plates if p.shape == plate.shape]
+        assert has_rivals(plate, plates, count) == (len(by_color) > count and len(by_shape) > count)
