@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxvqa.decoder import DecoderConfig
@@ -27,8 +28,12 @@ from jaxvqa.training.loop import fit, restore, start
 from jaxvqa.training.optimizer import apply, optimizer, warmup_linear
 from jaxvqa.vision.clip import ClipConfig
 
-SEED, SCENES = 1, 32000
-CROWD_SEED, CROWDED, CROWD = 5, 12000, 28
+SEED = 1
+SCENES = {"small": 16000, "crowded": 10000, "whole": 8000, "dense": 8000}
+"""Scenes by kind; every kind has a seed of its own."""
+DENSE = ("dense", "dense", "crowded", "dense", "small", "whole")
+ASKED = ("small", "crowded", "small", "whole")
+"""Kinds of scenes in the order in which the stages draw them: what image tokens show; what is asked."""
 GRID = 16
 EXAMPLES = [
     (f"Question: {question}\n{OBJECTS}", objects_answer(needs, purpose))
@@ -79,35 +84,46 @@ def model_config(vocab_size: int, image_token_id: int) -> LlavaConfig:
     )
 
 
-@lru_cache(maxsize=256)
-def _scene(seed: int, index: int, crowd: int | None):
-    made = scene(seed, index, crowd)
+@lru_cache(maxsize=512)
+def _scene(seed: int, index: int, kind: str):
+    made = scene(seed, index, kind)
     return made, view_boxes(made)
 
 
 @dataclass(frozen=True)
 class Views:
-    """Rendered views in an endless order: the four views of a scene, then those of the next."""
+    """Rendered views in an endless order: scene `number` is of the kind that comes next in `order`."""
 
-    images: np.ndarray
-    seed: int
-    crowd: int | None = None
+    images: dict[str, np.ndarray]
+    order: tuple[str, ...]
+    seed: int = 0
+    """Of what is asked about them."""
 
-    def pick(self, number: int):
-        index, n = divmod(number % (len(self.images) * VIEWS), VIEWS)
-        made, boxes = _scene(self.seed, index, self.crowd)
-        return made, boxes[n], self.images[index, n]
+    def pick(self, number: int, view: int):
+        """View 0 (the whole scene) to 3 of a scene: the scene, the view's box, its image."""
+        turn, place = divmod(number, len(self.order))
+        kind = self.order[place]
+        index = turn * self.order.count(kind) + self.order[:place].count(kind)
+        index %= len(self.images[kind])
+        made, boxes = _scene(_seed(kind), index, kind)
+        return made, boxes[view], self.images[kind][index, view]
 
 
-def rendered(path: Path, count: int, seed: int, crowd: int | None = None) -> np.ndarray:
-    """The views of `count` scenes, rendered into `path` by two processes unless that was finished before."""
+def _seed(kind: str) -> int:
+    return SEED + 100 * list(SCENES).index(kind)
+
+
+def rendered(work: Path, kind: str) -> np.ndarray:
+    """The views of all training scenes of a kind, rendered by two processes unless that was finished before."""
+    path, count = work / f"{kind}.u8", SCENES[kind]
     done = path.with_suffix(".done")
     if not done.exists():
         open_views(path, count, mode="r+")
         halves = [(0, count // 2), (count // 2, count)]
         with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-            make = partial(scene, crowd=crowd)
-            list(pool.map(render, [make] * 2, [seed] * 2, *zip(*halves, strict=True), [path] * 2, [count] * 2))
+            make = partial(scene, kind=kind)
+            seeds = [_seed(kind)] * 2
+            list(pool.map(render, [make] * 2, seeds, *zip(*halves, strict=True), [path] * 2, [count] * 2))
         done.touch()
     return open_views(path, count)
 
@@ -118,36 +134,45 @@ def cells_of(picks) -> specks.Cells:
     return specks.Cells(*(np.stack(c).astype(np.float32 if i > 3 else np.int32) for i, c in enumerate(columns)))
 
 
-def dense_batch(plain: Views, crowded: Views, batch: int, step: int):
-    """Two thirds crowded scenes, one third ordinary ones."""
-    few = batch // 12 * VIEWS
-    picks = [plain.pick(step * few + i) for i in range(few)]
-    picks += [crowded.pick(step * (batch - few) + i) for i in range(batch - few)]
+def dense_batch(views: Views, batch: int, step: int):
+    """All four views of a few scenes."""
+    few = batch // VIEWS
+    picks = [views.pick(step * few + n // VIEWS, n % VIEWS) for n in range(batch)]
     return np.stack([image for *_, image in picks]), cells_of(picks)
 
 
-def packed_batch(items, packer: specks.Packer, predictions: int, sparse: bool, step: int):
+def packed_batch(items, packer: specks.Packer, predictions: int, each: int | None, step: int):
     """Images and packed rows of (picks, row) items; a row shows its picks in order.
 
-    sparse: rows hold the image tokens of the plates (at most 64 an image) and 16 others, which stand for all; that
-    makes a row two to three times as cheap.
+    each: rows hold a sample of the image tokens (`sparse_tokens`), which makes them short; None: all of them.
     """
     images = np.stack([np.stack([image for *_, image in picks]) for picks, _ in items])
     rows = []
     for number, (picks, row) in enumerate(items):
-        shown = picks[: row[0].count(None)]
-        keep = [sparse_tokens(specks.cells(made.plates, box, GRID)[0], number) for made, box, _ in shown]
-        hide = np.random.default_rng((SEED, 6, step, number))
-        rows.append(packer.row(*row, keep=np.concatenate(keep) if sparse and keep else None, hide=hide))
+        shown, keep = picks[: row[0].count(None)], None
+        if each is not None and shown:
+            dense = [specks.cells(made.plates, box, GRID) for made, box, _ in shown]
+            keep = np.concatenate([sparse_tokens(*targets[:4], each, number) for targets in dense])
+        rows.append(packer.row(*row, keep=keep, hide=np.random.default_rng((SEED, 6, step, number))))
     return images, packer.stack(rows, predictions)
 
 
-def sparse_tokens(color: np.ndarray, seed: int, plates: int = 64, others: int = 16) -> np.ndarray:
-    """Up to `plates` image tokens on plates and `others` beside them, at random: how many of all each stands for."""
-    rng, keep = np.random.default_rng(seed), np.zeros(len(color))
-    for mine, count in ((color < len(COLORS), plates), (color == len(COLORS), others)):
-        pick = rng.permutation(np.flatnonzero(mine))[:count]
-        keep[pick] = mine.sum() / max(len(pick), 1)
+def sparse_tokens(color, shape, character, box, each: int, seed: int, others: int = 8) -> np.ndarray:
+    """How many image tokens each stands for, 0 where it is left out.
+
+    Of each plate at random `each` tokens (one, where there are many plates) that show its character and as many that do
+    not, and `others` beside the plates.
+    """
+    rng, keep, solid = np.random.default_rng(seed), np.zeros(len(color)), color < len(COLORS)
+    groups = np.unique(box[solid], axis=0)
+    each = 1 if len(groups) > 12 else each
+    for plate in groups:
+        mine = solid & (box == plate).all(1)
+        for group in (mine & (character >= 0), mine & (character < 0)):
+            pick = rng.permutation(np.flatnonzero(group))[:each]
+            keep[pick] = group.sum() / max(len(pick), 1)
+    pick = rng.permutation(np.flatnonzero(~solid))[:others]
+    keep[pick] = (~solid).sum() / max(len(pick), 1)
     return keep
 
 
@@ -155,21 +180,20 @@ def single_batch(views: Views, packer: specks.Packer, batch: int, step: int):
     """Rows of one view with many questions; each view of a batch from another scene."""
     items = []
     for number in range(step * batch, (step + 1) * batch):
-        scene, view = number % len(views.images), (number // len(views.images) + number) % VIEWS
-        pick = views.pick(scene * VIEWS + view)
-        items.append(([pick], specks.single(np.random.default_rng((SEED, 4, number)), *pick[:2], terse=0.7)))
-    return packed_batch(items, packer, 200, True, step)
+        rng = np.random.default_rng((SEED + views.seed, 4, number))
+        pick = views.pick(number, int(rng.integers(VIEWS)))
+        items.append(([pick], specks.single(rng, *pick[:2], terse=0.7)))
+    return packed_batch(items, packer, 200, 2, step)
 
 
-def mixed_batch(views: Views, packer: specks.Packer, sparse: bool, batch: int, step: int):
+def mixed_batch(views: Views, packer: specks.Packer, each: int | None, batch: int, step: int):
     """Rows of one view, of two views, and stepwise; where whole rows fit, some extract targets after examples."""
     items = []
     for number in range(step * batch, (step + 1) * batch):
-        rng = np.random.default_rng((SEED, 5, number))
-        whole = views.pick(number * VIEWS)
-        crop = views.pick(number * VIEWS + 1 + int(rng.integers(VIEWS - 1)))
+        rng = np.random.default_rng((SEED + views.seed, 5, number))
+        whole, crop = (views.pick(number, view) for view in (0, 1 + int(rng.integers(VIEWS - 1))))
         form = rng.random()
-        if form < 0.06 and not sparse:
+        if form < 0.06 and each is None:
             items.append(([whole, crop], specks.few_shot(rng, whole[0], EXAMPLES)))
         elif form < 0.4:
             first, second = (crop, whole) if rng.random() < 0.25 else (whole, crop)
@@ -178,7 +202,7 @@ def mixed_batch(views: Views, packer: specks.Packer, sparse: bool, batch: int, s
             items.append(([whole, crop], specks.double(rng, whole[0], crop[1])))
         else:
             items.append(([crop, whole], specks.stepwise(rng, whole[0], crop[1])))
-    return packed_batch(items, packer, 288, sparse, step)
+    return packed_batch(items, packer, 288, each, step)
 
 
 def dense_step(config, words, tx, peak, params, opt_state, batch, progress):
@@ -197,7 +221,11 @@ def dense_step(config, words, tx, peak, params, opt_state, batch, progress):
 
 
 def answer_step(config, words, floor, look, tx, peak, params, opt_state, batch, progress):
-    """Stages 2 to 4: the decoder, on the image tokens that stage 1 has taught; their words move at a quarter's rate."""
+    """Stages 2 to 4: the decoder, on the image tokens that stage 1 has taught; their words move at a quarter's rate.
+
+    look: weight of the scaffold (`specks.answer_loss`) at the beginning; it is gone when half of the stage is over.
+    """
+    look = look * jnp.clip(1 - 2 * progress, 0.0, 1.0)
     images, rows = batch
     count, each = images.shape[:2]
     pixels = specks.normalise(images).reshape(count * each, *images.shape[2:])
@@ -217,25 +245,26 @@ def answer_step(config, words, floor, look, tx, peak, params, opt_state, batch, 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="folder for views, checkpoints and logs")
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and logs")
+    parser.add_argument("--views", type=Path, help="folder for the rendered views (default: WORK)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first parameters and of the questions")
     parser.add_argument("--stages", default="1234", help="which stages to run; each goes on from the one before")
-    parser.add_argument("--minutes", type=float, nargs=4, default=(29, 42, 8, 4), help="time budget of each stage")
+    parser.add_argument("--minutes", type=float, nargs=4, default=(26, 20, 11, 6), help="time budget of each stage")
     parser.add_argument("--steps", type=int, nargs=4, default=(100_000,) * 4, help="step budget of each stage")
     args = parser.parse_args()
     tokenizer = train_tokenizer()
     words = specks.Words.of(tokenizer)
     config = model_config(tokenizer.get_vocab_size(), tokenizer.token_to_id(IMAGE))
-    plain = Views(rendered(args.work / "views.u8", SCENES, SEED), SEED)
-    crowded = Views(rendered(args.work / "crowd.u8", CROWDED, CROWD_SEED, CROWD), CROWD_SEED, CROWD)
+    images = {kind: rendered(args.views or args.work, kind) for kind in SCENES}
     packers = [specks.Packer(tokenizer, GRID * GRID, length) for length in (272, 400, 768)]
-    answer = partial(answer_step, config, words)
+    asked, answer = Views(images, ASKED, args.seed), partial(answer_step, config, words)
     stages = (
-        (("vision",), partial(dense_step, config, words), 3e-3, partial(dense_batch, plain, crowded, 24)),
-        (("decoder",), partial(answer, 0.5, 0.3), 3e-3, partial(single_batch, plain, packers[0], 24)),
-        (("decoder",), partial(answer, 0.1, 0.1), 2e-3, partial(mixed_batch, plain, packers[1], True, 16)),
-        (("decoder",), partial(answer, 0.02, 0.0), 5e-4, partial(mixed_batch, plain, packers[2], False, 6)),
+        (("vision",), partial(dense_step, config, words), 3e-3, partial(dense_batch, Views(images, DENSE), 24)),
+        (("decoder",), partial(answer, 0.4, 0.3), 3e-3, partial(single_batch, asked, packers[0], 24)),
+        (("decoder",), partial(answer, 0.1, 0.0), 1.5e-3, partial(mixed_batch, asked, packers[1], 3, 16)),
+        (("decoder",), partial(answer, 0.02, 0.0), 5e-4, partial(mixed_batch, asked, packers[2], None, 6)),
     )
-    params = specks.initialise(config, words, jax.random.key(0))
+    params = specks.initialise(config, words, jax.random.key(args.seed))
     for number, (stacks, step, peak, batches) in enumerate(stages, 1):
         folder = args.work / f"stage{number}"
         tx = optimizer(params, stacks)
@@ -245,7 +274,7 @@ def main():
             state = fit(state, partial(step, tx, peak), batches, folder, **budget)
         else:
             state = restore(folder, state) or state
-        params = state.params
+        params = specks.hand_over(state.params, words) if number == 1 else state.params
 
 
 if __name__ == "__main__":
