@@ -1,191 +1,334 @@
-"""What a Specks model can do: python experiments/specks/evaluate.py [--model FOLDER] [--scenes 500]
+"""What a model can do in the world of Specks, stratum by stratum, beside what is asked of the bundled one.
 
-Prints accuracies over held-out scenes through the library's own path (PIL image, HF processor, prompt, greedy answer):
-presence, reading (ground-truth crop, whole scene, blind), colour, shape, relation, count, boxes; and how often the peak
-of relative attention lies in or next to the target, by layer, the layer being chosen on other scenes.
+Everything goes through the library's own path: PIL image, HF processor, prompt, engine, greedy answer. Accuracies of
+what a method is measured against (whole image, crops, no image); how often a box asked for in words is the plate's; how
+often maps peak at the target. Layers are chosen on development seeds, figures are of test seeds.
+
+Examples:
+  python experiments/specks/evaluate.py
+  python experiments/specks/evaluate.py --model work/specks-llava --count 100 --strata small crowded
+  python experiments/specks/evaluate.py --count 1000 --json figures.json
 """
 
 import argparse
 import json
-from collections import defaultdict
-from functools import lru_cache
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from math import inf
 from pathlib import Path
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jaxvqa
+from jaxvqa.bundled import SPECKS_LLAVA
+from jaxvqa.engine import Engine
+from jaxvqa.images import crop
+from jaxvqa.methods.controls import square_around
 from jaxvqa.prompts import GENERAL_QUESTION, render
-from jaxvqa.specks import Scene, crop_around, scene
-from jaxvqa.specks.questions import BOX, SHORT, Question, has_rivals, questions, read_question
+from jaxvqa.requests import Answer, Generate, Read, Request, Row, Sample
+from jaxvqa.specks import SIZE
+from jaxvqa.specks.evaluation import covers, difference, iou, map_quality, right
+from jaxvqa.specks.questions import BOX, GROUND, YES_NO
+from jaxvqa.specks.strata import SPLITS, STRATA, WHOLE, samples
 from jaxvqa.taps import ReadSpec
-from jaxvqa.vlm import VLM, Encoded, collate
+from jaxvqa.transforms import relative_attention
+from jaxvqa.transforms.value_similarity import relevance, value_similarity
 
-TEST_SEED, DEV_SEED, BATCH = 3, 2, 25
 CROP = 160
-"""Side of a ground-truth crop: the plate and a margin."""
+"""Side of a crop in pixels, where what it must hold is not larger."""
+NEW_TOKENS, BOX_TOKENS = 8, 32
 
 
-class Runner:
-    """Encodes prompts about views of scenes, each view preprocessed once, and runs them in batches."""
+class Line(NamedTuple):
+    """A figure, the range in which it is asked to lie, and its 95 % interval where it is a difference."""
 
-    def __init__(self, vlm: VLM):
-        self.vlm = vlm
-        self.pixels = lru_cache(4096)(lambda s, box: vlm.preprocess(s.picture.crop(box))[0])
-
-    def encode(self, s: Scene, boxes, template: str, text: str, ending: str = "open") -> Encoded:
-        tokens = self.vlm.tokenise(render(template, text, num_images=len(boxes), ending=ending), len(boxes))
-        side = self.vlm.config.vision.image_size
-        pixels = np.stack([self.pixels(s, box) for box in boxes]) if boxes else np.zeros((0, side, side, 3), np.float32)
-        return Encoded(tokens, pixels, ())
-
-    def batches(self, rows: list[Encoded]):
-        length = -(-max(len(row.tokens.ids) for row in rows) // 16) * 16
-        for i in range(0, len(rows), BATCH):
-            part = rows[i : i + BATCH]
-            full = part + [part[-1]] * (BATCH - len(part))
-            yield part, collate(full, length=length)
-
-    def answers(self, rows: list[Encoded], max_new_tokens: int = 4) -> list[str]:
-        texts = []
-        for part, inputs in self.batches(rows):
-            out = self.vlm.prefill(inputs, max_new_tokens=max_new_tokens)
-            texts += self.vlm.decode(out, max_new_tokens=max_new_tokens)[: len(part)]
-        return texts
-
-    def attention(self, rows: list[Encoded]) -> np.ndarray:
-        """Attention of the last prompt token to the image, mean over heads, by layer: [L, rows, P]."""
-        layers = tuple(range(self.vlm.config.decoder.num_layers))
-        spec, maps = ReadSpec(layers=layers, read=frozenset({"rows"})), []
-        for part, inputs in self.batches(rows):
-            read = np.asarray(self.vlm.prefill(inputs, spec=spec, max_new_tokens=1).readouts.rows)[:, :, 0]
-            for n, row in enumerate(part):
-                start, length = row.tokens.image_spans[0]
-                maps.append(read[:, n, start : start + length])
-        return np.stack(maps, 1)
+    name: str
+    value: float
+    low: float = -inf
+    high: float = inf
+    interval: tuple[float, float] | None = None
 
 
-def targets(seed: int, count: int) -> list[tuple[Scene, Question]]:
-    """One reading question per scene, about a plate with a rival of its colour and one of its shape."""
-    made = []
-    for index in range(count):
-        s = scene(seed, index)
-        rng = np.random.default_rng((seed, index, 3))
-        plates = [p for p in s.plates if has_rivals(p, s.plates)]
-        made.append((s, read_question(plates[int(rng.integers(len(plates)))])))
-    return made
+# ---- asking ----------------------------------------------------------------------------------------------------------
 
 
-def reading(run: Runner, cases) -> dict[str, float]:
-    """Reading accuracy by what the model is shown. "miss": the crop shows another plate."""
+def gather(engine: Engine, chosen: Sequence[Sample], requests: Callable[[Sample], dict[str, Request]]) -> list[dict]:
+    """For each sample the results of its requests, by their names."""
+    results = {}
 
-    def accuracy(boxes_of, template):
-        rows = [run.encode(s, boxes_of(s, q.targets[0]), template, q.text, "short") for s, q in cases]
-        return share(t == q.answer for t, (_, q) in zip(run.answers(rows), cases, strict=True))
+    def method(sample):
+        asked = requests(sample)
+        results[sample.id] = dict(zip(asked, (yield list(asked.values())), strict=True))
+        return Answer("")
 
-    def near(s, p):
-        return crop_around(p, CROP)
+    for answer in engine.run(chosen, method):
+        if answer.error is not None:
+            raise answer.error
+    return [results[sample.id] for sample in chosen]
 
+
+def ask(images: tuple, question: str, max_new_tokens: int = NEW_TOKENS, ending: str = "short") -> Generate:
+    """A question in the prompts of the methods: two images as ViCrop's, others as LLaVA's."""
+    template = "vicrop_hf" if len(images) == 2 else "vicuna_v1"
+    prompt = render(template, question, num_images=len(images), ending=ending)
+    return Generate(images, prompt, max_new_tokens=max_new_tokens)
+
+
+def around(box: tuple[float, ...]) -> tuple[float, ...]:
+    """The square that a crop of a box shows."""
+    return square_around(box, max(CROP, box[2] - box[0], box[3] - box[1]), (SIZE, SIZE))
+
+
+def reading(sample: Sample) -> dict[str, Request]:
+    """A question in every form: one image, or the image and a crop of it."""
+    rng = np.random.default_rng([int(part) for part in sample.id.split("/")[1:]])
+    x, y = rng.integers(0, SIZE - CROP + 1, 2).tolist()
+    rivals = [box for box in map(around, sample.rivals) if not covers(box, sample.box)]
+    crops = {
+        "ground-truth crop": around(sample.box),
+        "random crop": (x, y, x + CROP, y + CROP),
+        "rival's crop": rivals[int(rng.integers(len(rivals)))],
+    }
+    pictures = {name: crop(sample.image, box) for name, box in crops.items()}
+    both = {f"image + {name}": ask((sample.image, picture), sample.question) for name, picture in pictures.items()}
+    alone = ask((pictures["ground-truth crop"],), sample.question)
+    return {**whole(sample), "no image": ask((), sample.question), "ground-truth crop alone": alone, **both}
+
+
+def whole(sample: Sample) -> dict[str, Request]:
+    return {"whole image": ask(sample.images, sample.question)}
+
+
+def whole_and_crop(sample: Sample) -> dict[str, Request]:
+    """The crop holds all targets."""
+    picture = crop(sample.image, around(sample.box))
     return {
-        "read: scene + ground-truth crop": accuracy(lambda s, p: [s.box, near(s, p)], "vicrop_hf"),
-        "read: ground-truth crop alone": accuracy(lambda s, p: [near(s, p)], "vicuna_v1"),
-        "read: whole scene": accuracy(lambda s, p: [s.box], "vicuna_v1"),
-        "read: whole scene (vicrop_hf)": accuracy(lambda s, p: [s.box], "vicrop_hf"),
-        "read: scene + another plate's crop": accuracy(
-            lambda s, p: [s.box, near(s, next(o for o in s.plates if o is not p))], "vicrop_hf"
-        ),
-        "read: blind": accuracy(lambda s, p: [], "vicuna_v1"),
+        **whole(sample),
+        "ground-truth crop alone": ask((picture,), sample.question),
+        "image + ground-truth crop": ask((sample.image, picture), sample.question),
     }
 
 
-def asked(run: Runner, cases) -> dict[str, float]:
-    """Accuracy on whole scenes of the other kinds, and blind."""
-    groups: dict[str, list[tuple[Scene, Question]]] = defaultdict(list)
-    for s, _ in cases:
-        kinds = ("color", "shape", "presence", "relation", "count", "where")
-        for q in questions(s, np.random.default_rng((s.seed, s.index, 4)), None, kinds):
-            groups["where (grounding prompt)" if q.kind == "where" and q.ending != BOX else q.kind].append((s, q))
-    figures = {}
-    for kind, group in sorted(groups.items()):
-        for name, boxes in ((kind, True), (f"{kind}: blind", False)):
-            if kind.startswith("where") and not boxes:
-                continue
-            rows = [_ask(run, s, q, [s.box] if boxes else []) for s, q in group]
-            texts = run.answers(rows, 24 if kind.startswith("where") else 4)
-            if kind.startswith("where"):
-                overlaps = [iou(parse(t), q.box) for t, (_, q) in zip(texts, group, strict=True)]
-                figures |= {
-                    f"{name}: mean IoU": float(np.mean(overlaps)),
-                    f"{name}: IoU > 0.5": share(o > 0.5 for o in overlaps),
-                }
-            else:
-                figures[name] = share(t == q.answer for t, (_, q) in zip(texts, group, strict=True))
-    return figures
+def presence(sample: Sample) -> dict[str, Request]:
+    return {"whole image": ask(sample.images, f"{sample.question} {YES_NO}", ending="open")}
 
 
-def _ask(run: Runner, s: Scene, q: Question, boxes) -> Encoded:
-    if q.ending == SHORT:
-        return run.encode(s, boxes, "vicuna_v1", q.text, "short")
-    return run.encode(s, boxes, "vicuna_v1", f"{q.text}{' ' if q.kind == 'presence' else chr(10)}{q.ending}")
+def boxes(sample: Sample) -> dict[str, Request]:
+    """The target's box, asked for in the model's own form, and in CoF's."""
+    return {
+        "where": ask(sample.images, f"Where is the {name_in(sample.question)}?\n{BOX}", BOX_TOKENS, "open"),
+        "grounding": ask(sample.images, f"{sample.question}\n{GROUND}", BOX_TOKENS, "open"),
+    }
 
 
-def peaks(run: Runner, cases) -> np.ndarray:
-    """Share of cases, by layer, whose relative attention peaks in a cell of the target or next to one: [L]."""
-    question, general = (
-        run.attention([run.encode(s, [s.box], "vicrop_hf", text or q.text, "short") for s, q in cases])
-        for text in (None, GENERAL_QUESTION)
-    )
-    grid = run.vlm.config.grid[0]
-    best = (question / general).argmax(-1)
-    row, col = best // grid, best % grid
-    hits = np.zeros(best.shape, bool)
-    for n, (s, q) in enumerate(cases):
-        cell = (s.box[2] - s.box[0]) / grid
-        x1, y1, x2, y2 = q.box
-        inside_x = (col[:, n] >= x1 // cell - 1) & (col[:, n] <= (x2 - 1) // cell + 1)
-        hits[:, n] = inside_x & (row[:, n] >= y1 // cell - 1) & (row[:, n] <= (y2 - 1) // cell + 1)
-    return hits.mean(1)
+def name_in(question: str) -> str:
+    """The plate that a reading question asks about."""
+    return question.removeprefix("What character is on the ").removesuffix("?")
 
 
-def parse(text: str) -> tuple[float, ...] | None:
-    """A box in fractions of the scene, as pixels; None if the text is none."""
-    try:
-        numbers = json.loads(text)
-        return tuple(896 * float(n) for n in numbers) if len(numbers) == 4 else None
-    except (ValueError, TypeError):
-        return None
+# ---- accuracies ------------------------------------------------------------------------------------------------------
 
 
-def iou(a, b) -> float:
-    if a is None:
-        return 0.0
-    shared = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
-    areas = [max(0, c[2] - c[0]) * max(0, c[3] - c[1]) for c in (a, b)]
-    return shared / max(sum(areas) - shared, 1e-9)
+def hits(chosen: Sequence[Sample], results: list[dict]) -> dict[str, np.ndarray]:
+    """By form, which answers are right."""
+    marks = [{form: right(reply, s) for form, reply in found.items()} for s, found in zip(chosen, results, strict=True)]
+    return {form: np.array([mark[form] for mark in marks]) for form in results[0]}
 
 
-def share(hits) -> float:
-    return float(np.mean(list(hits)))
+def accuracies(stratum: str, found: dict[str, np.ndarray], asked: dict[str, tuple[float, float]]) -> list[Line]:
+    """A line for each form, with the range asked of it, and for what it gives or takes beside the whole image."""
+    lines = [Line(f"{stratum}: {form}", marks.mean(), *asked.get(form, ())) for form, marks in found.items()]
+    for form, marks in found.items():
+        if form.startswith("image + "):
+            change = difference(marks, found["whole image"])
+            lines.append(Line(f"{stratum}: {form}, less whole image", change.value, interval=change[1:]))
+    return lines
 
 
-def main():
+def box_lines(stratum: str, chosen: Sequence[Sample], results: list[dict], asked: dict) -> list[Line]:
+    lines = []
+    for form in results[0]:
+        pairs = zip(results, chosen, strict=True)
+        overlaps = np.array([iou(parse(found[form].text), s.box) for found, s in pairs])
+        lines.append(Line(f"{stratum}: box ({form}), IoU >= 0.3", np.mean(overlaps >= 0.3), *asked.get(form, ())))
+        lines.append(Line(f"{stratum}: box ({form}), mean IoU", overlaps.mean()))
+    return lines
+
+
+def parse(text: str) -> tuple[float, ...]:
+    """The first box in a text, fractions of the square scene, in pixels; an empty one where there is none."""
+    numbers = re.findall(r"\d*\.\d+", text)[:4]
+    return tuple(SIZE * float(n) for n in numbers) if len(numbers) == 4 else (0.0,) * 4
+
+
+# ---- maps ------------------------------------------------------------------------------------------------------------
+
+
+def attention(row: Row) -> jax.Array:
+    """Attention of the last prompt token to the image, by layer: [L, h, w]."""
+    return row.on_image(row.readouts.rows[:, 0])
+
+
+def similarity(row: Row) -> jax.Array:
+    """FOCUS's relevance map of the wanted rows, for every range of layers (see `ranges`): [ranges, h, w]."""
+    values, valid = row.readouts.values, jnp.arange(row.readouts.values.shape[1]) < row.length
+    layers = jax.vmap(lambda v: row.on_image(value_similarity(v[None], row.rows, valid)))(values)
+    return jnp.stack([relevance(layers[a:b].sum(axis=0), row.wanted) for a, b in ranges(len(values))])
+
+
+def ranges(layers: int) -> list[tuple[int, int]]:
+    """All (start, stop)."""
+    return list(combinations(range(layers + 1), 2))
+
+
+def looking(engine: Engine) -> Callable[[Sample], dict[str, Request]]:
+    """Requests for the maps of the question and of another one about the same scene."""
+    layers = tuple(range(engine.default.config.decoder.num_layers))
+    rows, values = (ReadSpec(layers, frozenset({what})) for what in ("rows", "values"))
+
+    def requests(sample):
+        found = {}
+        for whose, question in (("own", sample.question), ("other", sample.other), ("general", GENERAL_QUESTION)):
+            prompt = render("vicrop_hf", question, ending="short")
+            found[whose] = Read(sample.images, prompt, rows, reduce=attention)
+        for whose, question in (("own name", sample.question), ("other name", sample.other)):
+            name = name_in(question)
+            prompt = render("vicuna_v1", f"Is there a {name} in the image? {YES_NO}")
+            found[whose] = Read(sample.images, prompt, values, rows=name, reduce=similarity)
+        return found
+
+    return requests
+
+
+def maps_of(results: list[dict]) -> dict[str, dict[str, np.ndarray]]:
+    """By method, the maps of the question and of another one: [choices, samples, h, w]."""
+    stacked = {name: np.stack([found[name].value for found in results], axis=1) for name in results[0]}
+    relative = {whose: np.asarray(relative_attention(stacked[whose], stacked["general"])) for whose in ("own", "other")}
+    return {
+        "relative attention": relative,
+        "value similarity": {whose: stacked[f"{whose} name"] for whose in ("own", "other")},
+    }
+
+
+def map_lines(engine: Engine, count: int) -> tuple[list[Line], dict[str, list]]:
+    """How often maps peak at the target, by layer; the layers being chosen on development scenes."""
+    found, tables = {}, {}
+    for split in SPLITS:
+        chosen = samples("small", split, min(count, SPLITS[split][1]))
+        maps = maps_of(gather(engine, chosen, looking(engine)))
+        found[split] = {
+            (method, whose): [map_quality(m, chosen, (SIZE, SIZE)) for m in by_choice]
+            for method, both in maps.items()
+            for whose, by_choice in both.items()
+        }
+    lines, layers = [], engine.default.config.decoder.num_layers
+    for method, low in (("relative attention", 0.6), ("value similarity", 0.4)):
+        dev, test, other = found["dev"][method, "own"], found["test"][method, "own"], found["test"][method, "other"]
+        every = [(n, n + 1) for n in range(layers)] if method == "relative attention" else ranges(layers)
+        best = max(range(len(dev)), key=lambda n: dev[n].peak)
+        title = f"small: {method}, {layer_text(*every[best])}"
+        lines += [
+            Line(f"{title}: peak at target", test[best].peak, low),
+            Line(f"{title}: area chance", test[best].chance),
+            Line(f"{title}: peak at a rival", test[best].rival),
+            Line(f"{title}: peak of another question's map at target", other[best].peak),
+            Line(f"{title}: mass in target", test[best].mass),
+            Line(f"{title}: area of target", test[best].area),
+        ]
+        single = [n for n, (a, b) in enumerate(every) if b - a == 1]
+        tables[method] = [(layer_text(*every[n]), dev[n].peak, test[n], other[n].peak) for n in single]
+    return lines, tables
+
+
+def layer_text(start: int, stop: int) -> str:
+    return f"layer {start}" if stop == start + 1 else f"layers {start}-{stop - 1}"
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def evaluate(engine: Engine, strata: Sequence[str], count: int) -> tuple[list[Line], dict[str, list]]:
+    """All lines, and the tables of maps by layer."""
+    lines, tables, least = [], {}, (0.85,)
+
+    def run(stratum, requests):
+        chosen = samples(stratum, count=count)
+        start = time.perf_counter()
+        results = gather(engine, chosen, requests)
+        print(f"{stratum}: {count} questions, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        return chosen, results
+
+    if "presence" in strata:
+        lines += accuracies("presence", hits(*run("presence", presence)), {"whole image": (0.9,)})
+    if "small" in strata:
+        found = hits(*run("small", reading))
+        near = (found["whole image"].mean() - 0.05, found["whole image"].mean() + 0.05)
+        asked = {"whole image": (-inf, 0.3), "no image": (-inf, 0.13), "image + random crop": near}
+        asked |= {"ground-truth crop alone": least, "image + ground-truth crop": least}
+        lines += accuracies("small", found, asked)
+    if "crowded" in strata:
+        asked = {"whole image": (0.5, 0.75), "ground-truth crop alone": least, "image + ground-truth crop": least}
+        lines += accuracies("crowded", hits(*run("crowded", whole_and_crop)), asked)
+    for stratum in ("near", "far"):
+        if stratum in strata:
+            lines += accuracies(stratum, hits(*run(stratum, whole_and_crop)), {})
+    if "whole" in strata:
+        found = hits(*run("whole", whole_and_crop))
+        lines += accuracies("whole", found, {"whole image": least})
+        for number, kind in enumerate(WHOLE):
+            of_kind = {form: marks[number :: len(WHOLE)] for form, marks in found.items()}
+            lines += [Line(f"whole, {kind}: {form}", marks.mean()) for form, marks in of_kind.items() if len(marks)]
+    for stratum, asked in (("crowded", {"where": (0.7,), "grounding": (0.7,)}), ("small", {})):
+        if stratum in strata:
+            lines += box_lines(stratum, *run(stratum, boxes), asked)
+    if "small" in strata:
+        more, tables = map_lines(engine, count)
+        lines += more
+    return lines, tables
+
+
+def text_of(line: Line) -> str:
+    bounds = {(True, True): "", (False, True): f">= {line.low:.2f}", (True, False): f"<= {line.high:.2f}"}
+    asked = bounds.get((line.low == -inf, line.high == inf), f"{line.low:.2f} to {line.high:.2f}")
+    verdict = ("met" if line.low <= line.value <= line.high else "NOT MET") if asked else ""
+    interval = "" if line.interval is None else "[{:+.3f}, {:+.3f}]".format(*line.interval)
+    return f"{line.name:72s} {line.value:7.3f} {interval:18s} {asked:13s} {verdict}".rstrip()
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Path(jaxvqa.__file__).parent / "assets" / "specks-llava"
-    parser.add_argument("--model", default=default)
-    parser.add_argument("--scenes", type=int, default=500)
+    parser.add_argument("--model", default=str(SPECKS_LLAVA), help="folder; default: the bundled model")
+    parser.add_argument("--count", type=int, default=500, help="test questions per stratum; default: %(default)s")
+    parser.add_argument("--strata", nargs="+", default=list(STRATA), choices=STRATA, help="default: all")
+    parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
-    run = Runner(jaxvqa.load(str(args.model)))
-    cases = targets(TEST_SEED, args.scenes)
-    figures = reading(run, cases)
-    dev = peaks(run, targets(DEV_SEED, max(1, 2 * args.scenes // 5)))
-    layer, test = int(dev.argmax()), peaks(run, cases)
-    figures |= {f"relative attention, layer {n}": float(x) for n, x in enumerate(test)}
-    figures |= {f"relative attention at layer {layer} (chosen on development scenes)": float(test[layer])}
-    figures |= asked(run, cases)
-    for name, value in figures.items():
-        print(f"{name:60s} {value:.3f}")
+    if not 1 <= args.count <= SPLITS["test"][1]:
+        parser.error(f"--count {args.count}: expected 1 to {SPLITS['test'][1]}")
+    engine = Engine(jaxvqa.load(args.model), batch_size=args.batch_size)
+    lines, tables = evaluate(engine, args.strata, args.count)
+    print(f"{'measure':72s} {'found':>7s} {'95 % interval':18s} asked for")
+    print("\n".join(map(text_of, lines)))
+    for method, rows in tables.items():
+        print(f"\n{method}: peak on development scenes; on test scenes peak, chance, rival, another question's, mass")
+        for layer, dev, quality, other in rows:
+            figures = (dev, quality.peak, quality.chance, quality.rival, other, quality.mass)
+            print(f"  {layer:10s}" + "".join(f"{figure:8.3f}" for figure in figures))
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        record = {line.name: line.value for line in lines}
+        by_layer = {
+            method: [
+                {"layers": layer, "dev_peak": dev, "other_peak": other, **q._asdict()} for layer, dev, q, other in t
+            ]
+            for method, t in tables.items()
+        }
+        args.json.write_text(json.dumps({"count": args.count, "figures": record, "maps": by_layer}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
