@@ -123,17 +123,7 @@ def to_hf(config: BlipItmConfig) -> dict[str, Any]:
             "eos_token_id": None,
             "sep_token_id": None,
         },
-        "vision_config": {
-            "model_type": "blip_vision_model",
-            "image_size": v.image_size,
-            "patch_size": v.patch_size,
-            "hidden_size": v.width,
-            "intermediate_size": v.mlp_width,
-            "num_hidden_layers": v.num_layers,
-            "num_attention_heads": v.num_heads,
-            "hidden_act": v.activation,
-            "layer_norm_eps": v.norm_eps,
-        },
+        "vision_config": config.vision.to_hf("blip_vision_model"),
     }
     if (back := BlipItmConfig.from_hf(hf)) != config:
         raise ConversionError(f"this config has no HF form: it reads back as {back}, expected {config}")

@@ -176,7 +176,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def to_hf(config: LlavaConfig) -> dict[str, Any]:
     """The HF config.json whose `LlavaConfig.from_hf` is `config`."""
-    v, d, layers = config.vision, config.decoder, config.feature_layers
+    d, layers = config.decoder, config.feature_layers
     kind = "qwen3" if d.qk_norm else "qwen2" if d.qkv_bias else "llama"
     rope = {"rope_type": "default", "rope_theta": d.rope_theta}
     if d.rope_factor != 1.0:
@@ -206,17 +206,7 @@ def to_hf(config: LlavaConfig) -> dict[str, Any]:
             "hidden_act": "silu",
             "tie_word_embeddings": d.tied,
         },
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "image_size": v.image_size,
-            "patch_size": v.patch_size,
-            "hidden_size": v.width,
-            "intermediate_size": v.mlp_width,
-            "num_hidden_layers": v.num_layers,
-            "num_attention_heads": v.num_heads,
-            "layer_norm_eps": v.norm_eps,
-            "hidden_act": v.activation,
-        },
+        "vision_config": config.vision.to_hf(),
     }
     if (back := LlavaConfig.from_hf(hf)) != config:
         raise ConversionError(f"this config has no HF form: it reads back as {back}, expected {config}")

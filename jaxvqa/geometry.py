@@ -137,6 +137,21 @@ def _linear(values: np.ndarray, at: np.ndarray, valid: tuple[int, int]) -> np.nd
     return values[low] * (1 - share) + values[high] * share
 
 
+def area(box: Box) -> float:
+    """Area of a box; 0 for an inverted one."""
+    return float(max(0, box[2] - box[0]) * max(0, box[3] - box[1]))
+
+
+def shared_area(a: Box, b: Box) -> float:
+    """Area that two boxes share."""
+    return area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
+
+
+def covers(box: Box, target: Box) -> bool:
+    """Whether a box holds at least half of the target's area."""
+    return 2 * shared_area(box, target) >= area(target)
+
+
 def for_pad(width: int, height: int, encoder_size: int, grid: tuple[int, int]) -> Geometry:
     """Padded to a square of side max(W, H), then resized (original LLaVA-1.5)."""
     side = max(width, height)

@@ -24,12 +24,13 @@ import jaxvqa
 from jaxvqa.bundled import SPECKS_LLAVA
 from jaxvqa.engine import Engine
 from jaxvqa.errors import UserError
+from jaxvqa.geometry import covers
 from jaxvqa.methods.controls import Blind, MaskReweight, OtherMap, RandomCrop, RivalCrop, TruthCrop
 from jaxvqa.methods.vanilla import Vanilla
 from jaxvqa.methods.vicrop import Vicrop
 from jaxvqa.requests import Sample
 from jaxvqa.specks import SIZE
-from jaxvqa.specks.evaluation import area_share, covers, difference, gap_closed, right
+from jaxvqa.specks.evaluation import area_share, difference, gap_closed, right
 from jaxvqa.specks.strata import SPLITS, STRATA, samples
 
 PLAIN = Vanilla(template=Vicrop.template, max_new_tokens=Vicrop.max_new_tokens)

@@ -28,12 +28,13 @@ import numpy as np
 import jaxvqa
 from jaxvqa.bundled import SPECKS_LLAVA
 from jaxvqa.engine import Engine
+from jaxvqa.geometry import covers
 from jaxvqa.images import crop
-from jaxvqa.methods.controls import square_around
+from jaxvqa.methods.controls import side_around, square_around
 from jaxvqa.prompts import GENERAL_QUESTION, render
 from jaxvqa.requests import Answer, Generate, Read, Request, Row, Sample
 from jaxvqa.specks import SIZE
-from jaxvqa.specks.evaluation import covers, difference, iou, map_quality, right
+from jaxvqa.specks.evaluation import difference, iou, map_quality, right
 from jaxvqa.specks.questions import BOX, GROUND, YES_NO
 from jaxvqa.specks.strata import SPLITS, STRATA, WHOLE, samples
 from jaxvqa.taps import ReadSpec
@@ -82,7 +83,7 @@ def ask(images: tuple, question: str, max_new_tokens: int = NEW_TOKENS, ending: 
 
 def around(box: tuple[float, ...]) -> tuple[float, ...]:
     """The square that a crop of a box shows."""
-    return square_around(box, max(CROP, box[2] - box[0], box[3] - box[1]), (SIZE, SIZE))
+    return square_around(box, side_around(box, CROP), (SIZE, SIZE))
 
 
 def reading(sample: Sample) -> dict[str, Request]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from jaxvqa.images import crop
-from jaxvqa.methods.controls import square_around
+from jaxvqa.methods.controls import side_around, square_around
 from jaxvqa.requests import Sample
 from jaxvqa.specks import SIZE, scene
 from jaxvqa.specks.scenes import LAYOUTS
@@ -37,8 +37,7 @@ def tile(stratum: str, sample: Sample) -> Image.Image:
     picture.paste(marked.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (0, LINE))
     views = [("seen whole", sample.image)]
     if sample.box is not None:
-        x1, y1, x2, y2 = sample.box
-        square = square_around(sample.box, max(CROP, x2 - x1, y2 - y1), sample.image.size)
+        square = square_around(sample.box, side_around(sample.box, CROP), sample.image.size)
         views.append(("seen in a crop", crop(sample.image, square)))
     for n, (title, view) in enumerate(views):
         x, y = SIDE + EDGE, LINE + n * (SEEN + 2 * LINE)

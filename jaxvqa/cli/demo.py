@@ -90,7 +90,8 @@ def questions_table(samples: "Sequence[Sample]", answers: "dict[str, list[Answer
 
 def methods_table(samples: "Sequence[Sample]", answers: "dict[str, list[Answer]]") -> str:
     """A line per method: right answers, crops that hold the plate, passes per question."""
-    from jaxvqa.specks.evaluation import covers, right
+    from jaxvqa.geometry import covers
+    from jaxvqa.specks.evaluation import right
 
     rows = []
     for method, given in answers.items():

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxvqa import methods
 from jaxvqa.errors import UserError
-from jaxvqa.geometry import Geometry
+from jaxvqa.geometry import Geometry, covers
 from jaxvqa.images import crop
 from jaxvqa.methods import Facts, check_choice, fill
 from jaxvqa.methods.cof import check_layers, check_strength, reweighted
@@ -99,7 +99,7 @@ class RivalCrop:
         if not sample.rivals:
             raise UserError(f"rival_crop: sample {sample.id!r} has no rivals")
         crops = [square_around(rival, side, sample.image.size) for rival in sample.rivals]
-        crops = [box for box in crops if not any(holds_half(box, target) for target in sample.boxes)]
+        crops = [box for box in crops if not any(covers(box, target) for target in sample.boxes)]
         if not crops:
             raise UserError(f"rival_crop: sample {sample.id!r} has no rival whose crop leaves the targets out")
         box = crops[random(sample, self.seed).integers(len(crops))]
@@ -239,9 +239,3 @@ def square_around(box: Box, side: float, size: tuple[int, int]) -> Box:
         low = min(max(centre - side / 2, 0), max(limit - side, 0))
         edges.append((low, min(low + side, limit)))
     return edges[0][0], edges[1][0], edges[0][1], edges[1][1]
-
-
-def holds_half(window: Box, box: Box) -> bool:
-    """Whether at least half of a box's area lies in a window."""
-    width, height = (max(0, min(box[i + 2], window[i + 2]) - max(box[i], window[i])) for i in (0, 1))
-    return 2 * width * height >= (box[2] - box[0]) * (box[3] - box[1])

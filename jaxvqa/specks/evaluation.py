@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxvqa.geometry import area, shared_area
 from jaxvqa.requests import Answer, Reply, Sample
 from jaxvqa.specks.strata import Samples
 from jaxvqa.typing import Bool, Float
@@ -71,29 +72,16 @@ def gap_closed(method: float, random_crop: float, truth_crop: float) -> float:
 # ---- boxes -----------------------------------------------------------------------------------------------------------
 
 
-def covers(box: Box, target: Box) -> bool:
-    """Whether a box holds at least half of the target's area."""
-    return 2 * _shared(box, target) >= _area(target)
-
-
 def iou(a: Box, b: Box) -> float:
     """Intersection over union of two boxes; 0 where neither has an area."""
-    shared = _shared(a, b)
-    union = _area(a) + _area(b) - shared
+    shared = shared_area(a, b)
+    union = area(a) + area(b) - shared
     return shared / union if union > 0 else 0.0
 
 
 def area_share(boxes: Sequence[Box] | np.ndarray, size: tuple[int, int]) -> float:
     """Share of the image that lies in any of the boxes."""
     return float(covered(boxes, size, (1, 1))[0, 0])
-
-
-def _shared(a: Box, b: Box) -> float:
-    return _area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
-
-
-def _area(box: Box) -> float:
-    return float(max(0, box[2] - box[0]) * max(0, box[3] - box[1]))
 
 
 # ---- heat maps -------------------------------------------------------------------------------------------------------

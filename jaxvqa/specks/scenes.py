@@ -10,6 +10,7 @@ from functools import cache, cached_property
 import numpy as np
 from PIL import Image
 
+from jaxvqa.geometry import area, shared_area
 from jaxvqa.specks.glyphs import CHARACTERS, glyph
 from jaxvqa.typing import UInt8
 
@@ -79,7 +80,7 @@ class Plate:
 
     def visible(self, view: Box) -> float:
         """Share of the plate's box inside `view`."""
-        return _overlap(self.box, view) / _area(self.box)
+        return shared_area(self.box, view) / area(self.box)
 
     def legible(self, view: Box, encoder: int = 128, minimum: float = 4.5) -> bool:
         """Whether the whole character lies in `view` and is at least `minimum` encoder pixels high there."""
@@ -181,14 +182,6 @@ def crop_around(plate: Plate, side: int = 160) -> Box:
     side = min(max(side, round(1.4 * plate.side)), SIZE)
     x, y = (int(np.clip(c - side / 2, 0, SIZE - side)) for c in plate.center)
     return x, y, x + side, y + side
-
-
-def _area(box: Box) -> int:
-    return max(0, box[2] - box[0]) * max(0, box[3] - box[1])
-
-
-def _overlap(a: Box, b: Box) -> int:
-    return _area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
 
 
 def _place(rng: np.random.Generator, sides: np.ndarray) -> list[tuple[int, int]]:

@@ -50,6 +50,20 @@ class ClipConfig:
             activation=hf["hidden_act"],
         )
 
+    def to_hf(self, kind: str = "clip_vision_model") -> dict[str, Any]:
+        """HF's `vision_config` of the model type `kind`; the inverse of `from_hf`."""
+        return {
+            "model_type": kind,
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "hidden_size": self.width,
+            "intermediate_size": self.mlp_width,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "layer_norm_eps": self.norm_eps,
+            "hidden_act": self.activation,
+        }
+
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""

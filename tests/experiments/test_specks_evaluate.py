@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ImageChops
 
+from jaxvqa.geometry import covers
 from jaxvqa.requests import Reply, Sample
-from jaxvqa.specks.evaluation import covers
 from jaxvqa.specks.strata import samples
 
 

@@ -15,7 +15,7 @@ import jaxvqa
 from jaxvqa import methods
 from jaxvqa.engine import Engine
 from jaxvqa.errors import UserError
-from jaxvqa.geometry import for_pad
+from jaxvqa.geometry import covers, for_pad
 from jaxvqa.methods.cof import reweight
 from jaxvqa.methods.controls import (
     Blind,
@@ -24,7 +24,6 @@ from jaxvqa.methods.controls import (
     RandomCrop,
     RivalCrop,
     TruthCrop,
-    holds_half,
     side_around,
     square_around,
 )
@@ -142,7 +141,7 @@ def test_a_rivals_crop_has_the_truth_crops_size_and_shows_less_than_half_of_the_
     except UserError as error:
         assert "leaves the targets out" in str(error)
         side = side_around(target, base)
-        assert all(holds_half(square_around(rival, side, SIZE), target) for rival in rivals)
+        assert all(covers(square_around(rival, side, SIZE), target) for rival in rivals)
         return
     assert asked.prompt == expected.prompt and asked.images[0] is PICTURE
     mine, theirs = answer.boxes[0], truth.boxes[0]
@@ -166,7 +165,7 @@ def test_the_samples_id_picks_the_rival():
 
 @pytest.mark.parametrize(("window", "held"), [((0, 0, 10, 10), True), ((0, 0, 9, 10), False), ((30, 0, 40, 9), False)])
 def test_half_of_a_box_is_half_of_its_area(window, held):
-    assert holds_half(window, (5, 0, 15, 10)) is held
+    assert covers(window, (5, 0, 15, 10)) is held
 
 
 # ---- another question's map ----

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxvqa.geometry import covers
 from jaxvqa.requests import Answer, Reply, Sample
 from jaxvqa.specks import CHARACTERS
 from jaxvqa.specks.evaluation import (
     area_share,
     covered,
-    covers,
     difference,
     gap_closed,
     iou,
