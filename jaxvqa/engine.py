@@ -27,13 +27,21 @@ from jax.errors import JaxRuntimeError
 from PIL import Image
 
 from jaxvqa import methods
-from jaxvqa.errors import UserError
+from jaxvqa.errors import JaxVQAError, UserError
 from jaxvqa.geometry import Geometry
-from jaxvqa.handlers import HANDLERS, IMAGES, LENGTHS, PREFIXES, Kept, State, Work
+from jaxvqa.gradients import GRADIENT
+from jaxvqa.handlers import HANDLERS, IMAGES, LENGTHS, PREFIXES, Handler, Kept, State, Work
 from jaxvqa.images import open_image
-from jaxvqa.requests import Answer, Asked, Cost, Passes, Reading, Request, Sample
+from jaxvqa.matcher import Matcher, matcher_of_method
+from jaxvqa.matching import MATCH
+from jaxvqa.requests import Answer, Asked, Cost, Gradient, Match, Passes, Reading, Request, Sample
 from jaxvqa.sharding import RULES
 from jaxvqa.vlm import VLM
+
+SERVED: dict[type[Request], Handler] = HANDLERS | {Gradient: GRADIENT, Match: MATCH}
+"""By kind of request. To serve another kind, add its handler here."""
+MATCHER = "matcher"
+"""The model's name by which a method asks its matcher."""
 
 AHEAD = 4  # samples in flight, in batches: enough to fill batches of several kinds
 LOOK_AHEAD = 64  # samples begun after the oldest unfinished one, in batches: bounds the answers that wait their turn
@@ -56,7 +64,8 @@ class Stats:
 class Engine:
     """Runs methods on one model or several.
 
-    models: a VLM, or VLMs by name; requests that name none go to the first.
+    models: a VLM; or VLMs and matching models by name. The first VLM is the default; a request that names no model goes
+        to the first that can serve it.
     batch_size: rows per batch, of every program (on a mesh, rounded up to a multiple of its batch axes).
     lengths: token lengths to which prompts are padded, and at which prefixes end, ascending; each is compiled once.
     feature_bytes: device memory for image features kept for later requests.
@@ -68,12 +77,12 @@ class Engine:
     exif: "ignore" (as LLaVA does) or "apply" the orientation of image files.
     seed: of sampled answers.
 
-    Raises UserError for no model, a batch size below 1, and lengths that do not ascend.
+    Raises UserError for no VLM, a batch size below 1, and lengths that do not ascend.
     """
 
     def __init__(
         self,
-        models: VLM | Mapping[str, VLM],
+        models: VLM | Mapping[str, VLM | Matcher],
         *,
         batch_size: int = 8,
         lengths: tuple[int, ...] = LENGTHS,
@@ -88,11 +97,13 @@ class Engine:
             raise UserError(f"batch_size is {batch_size}; expected at least 1")
         if not lengths or any(a >= b for a, b in pairwise((0, *lengths))):
             raise UserError(f"lengths are {lengths}; expected at least one, ascending")
-        self.models = dict(models) if isinstance(models, Mapping) else {models.name: models}
-        if not self.models:
-            raise UserError("the engine was given no model")
+        self.models = _by_name(models)
+        if all(isinstance(model, Matcher) for model in self.models.values()):
+            raise UserError(
+                f"the engine was given no model that answers, but {', '.join(self.models) or 'none at all'}"
+            )
         # A mesh splits the batch: every size is a multiple of the ways.
-        self._ways = math.lcm(*(_ways(vlm) for vlm in self.models.values()))
+        self._ways = math.lcm(*(_ways(model) for model in self.models.values()))
         self.batch_size = -(-batch_size // self._ways) * self._ways
         self.lengths, self.exif, self.seed = lengths, exif, seed
         self.in_flight_bytes, self.cache_bytes = in_flight_bytes, cache_bytes
@@ -109,12 +120,37 @@ class Engine:
 
     @property
     def default(self) -> VLM:
-        """The first model."""
-        return next(iter(self.models.values()))
+        """The first VLM."""
+        return self.model(None)[1]
 
     def model(self, name: str | None) -> tuple[str, VLM]:
-        """The model that a request names, and its name (None: the first). UserError for an unknown name."""
-        name = next(iter(self.models)) if name is None else name
+        """The VLM that a request names, and its name (None: the first). UserError for another name."""
+        name, model = self._named(name, matches=False)
+        if isinstance(model, Matcher):
+            raise UserError(
+                f"model {name!r} ({model.name}) matches images and texts, and answers nothing; it serves Match and "
+                f"Gradient(of='match')"
+            )
+        return name, model
+
+    def matcher(self, name: str | None) -> tuple[str, Matcher]:
+        """The matching model that a request names, and its name (None: the first). UserError for another name."""
+        name, model = self._named(name, matches=True)
+        if not isinstance(model, Matcher):
+            raise UserError(
+                f"model {name!r} ({model.name}) answers, and matches nothing: Match and Gradient(of='match') need an "
+                f"image-text matching model (jaxvqa.load_matcher)"
+            )
+        return name, model
+
+    def _named(self, name: str | None, *, matches: bool) -> tuple[str, VLM | Matcher]:
+        fit = [known for known, model in self.models.items() if isinstance(model, Matcher) == matches]
+        if matches and not fit and (name is None or name not in self.models):
+            raise UserError(
+                f"the engine has no image-text matching model; give it one: models={{{MATCHER!r}: "
+                f"jaxvqa.load_matcher(...)}}"
+            )
+        name = fit[0] if name is None else name
         if name not in self.models:
             raise methods.unknown("model", name, self.models)
         return name, self.models[name]
@@ -150,9 +186,14 @@ class Engine:
         return iter(_Run(self, samples, bound))
 
 
-def _ways(vlm: VLM) -> int:
+def _by_name(models: VLM | Mapping[str, VLM | Matcher]) -> dict[str, VLM | Matcher]:
+    """Models by name; a single one has its own."""
+    return dict(models) if isinstance(models, Mapping) else {models.name: models}
+
+
+def _ways(model: VLM | Matcher) -> int:
     """Over how many parts of its mesh a model splits a batch."""
-    return 1 if vlm.mesh is None else math.prod(vlm.mesh.shape[axis] for axis in RULES["batch"])
+    return 1 if model.mesh is None else math.prod(model.mesh.shape[axis] for axis in RULES["batch"])
 
 
 class _Preprocessed(NamedTuple):
@@ -202,9 +243,12 @@ class _Job:
     pending: int = 0
     results: dict[int, Any] = field(default_factory=dict)
     asked: int = 0
+    total: int = 0
+    """Logical passes, without those of matching models."""
     last: int = 0
-    """Logical passes of the last yield."""
+    """Of them, those of the last yield."""
     passes: Counter = field(default_factory=Counter)
+    """All, by handler."""
     images: set = field(default_factory=set)
     tokens: int = 0
     flops: int = 0
@@ -340,10 +384,10 @@ class _Run:
 
         ticket = _Ticket((job.index, number), None, done)
         try:
-            if type(request) not in HANDLERS:
-                served = ", ".join(kind.__name__ for kind in HANDLERS)
+            if type(request) not in SERVED:
+                served = ", ".join(kind.__name__ for kind in SERVED)
                 raise UserError(f"this engine does not serve {type(request).__name__} requests; it serves {served}")
-            ticket.work = HANDLERS[type(request)].prepare(self.engine, request, (_hash(job.sample.id), number))
+            ticket.work = SERVED[type(request)].prepare(self.engine, request, (_hash(job.sample.id), number))
         except Exception as error:
             done(error)
         else:
@@ -430,8 +474,10 @@ class _Run:
             if need.flops and name not in job.images:
                 job.images.add(name)
                 flops += need.flops
-        job.passes[type(request).__name__] += request.passes
-        job.last += request.passes
+        job.passes[work.key[0].name] += request.passes
+        if not work.apart:
+            job.total += request.passes
+            job.last += request.passes
         job.tokens += tokens
         job.flops += flops
         job.log.append(Asked(type(request).__name__, work.text, said))
@@ -442,11 +488,11 @@ class _Run:
             error = UserError(f"the method returned {type(answer).__name__}; expected jaxvqa.Answer(text, ...)")
         if error is not None:
             answer = Answer("", status="error", error=error)
-        total, final = sum(job.passes.values()), 0 if error is not None else job.last
+        final = 0 if error is not None else job.last
         model = self.engine.default
         self.answers[job.index] = replace(
             answer,
-            forward_passes=Passes(total - final, final),
+            forward_passes=Passes(job.total - final, final),
             cost=Cost(dict(job.passes), len(job.images), job.tokens, job.flops),
             log=tuple(job.log),
             seconds=time.perf_counter() - job.started,
@@ -459,35 +505,70 @@ class _Run:
         del self.jobs[job.index]
 
 
-def ask(model: VLM, image: Any, question: str, method: str | Callable = "vanilla", **options: Any) -> Answer:
+def ask(
+    model: VLM,
+    image: Any,
+    question: str,
+    method: str | Callable = "vanilla",
+    *,
+    models: Mapping[str, VLM | Matcher] | None = None,
+    **options: Any,
+) -> Answer:
     """Answer one question about an image (or a list of images).
 
+    models: further models by name. Without a "matcher" among them the one that the method's options name is loaded.
     Raises what went wrong, where `ask_many` records it; `JaxVQAError` for wrong input.
     """
-    answer = next(Engine(model, batch_size=1).run([Sample(image, question)], method, **options))
+    method = methods.resolve(method, **options)
+    answer = next(Engine(_with_matcher(model, method, models), batch_size=1).run([Sample(image, question)], method))
     if answer.error is not None:
         raise answer.error
     return answer
 
 
 def ask_many(
-    model: VLM | Mapping[str, VLM],
+    model: VLM | Mapping[str, VLM | Matcher],
     samples: Iterable[Sample],
     method: str | Callable = "vanilla",
     *,
     batch_size: int = 8,
     progress: bool | None = None,
+    models: Mapping[str, VLM | Matcher] | None = None,
     **options: Any,
 ) -> Iterator[Answer]:
     """Answer many questions, in their order; a sample that fails gets an answer with status "error".
 
     progress: show a bar on stderr; None shows it on a terminal once the run has taken some seconds.
+    models: as in `ask`.
     """
     from tqdm import tqdm
 
-    answers = Engine(model, batch_size=batch_size).run(samples, method, **options)
+    method = methods.resolve(method, **options)
+    answers = Engine(_with_matcher(model, method, models), batch_size=batch_size).run(samples, method)
     total = len(samples) if isinstance(samples, Sized) else None
     return iter(tqdm(answers, total=total, delay=3, unit="sample", disable=None if progress is None else not progress))
+
+
+def matcher_of(method: Any, vlm: VLM, *, offline: bool = False) -> dict[str, Matcher]:
+    """The matching model that the `matcher` option of a method on `vlm` names, as "matcher"; empty where it names none.
+
+    Loaded once per process. Raises UserError where it cannot be had.
+    """
+    bound = methods.bind(method, vlm.facts)
+    source = getattr(bound, "matcher", None) or getattr(getattr(bound, "like", None), "matcher", None)
+    if source is None:
+        return {}
+    try:
+        return {MATCHER: matcher_of_method(source, vlm.mesh, offline)}
+    except JaxVQAError as error:
+        raise UserError(f"{methods.method_name(method)}: cannot load matcher={source!r}: {error}") from error
+
+
+def _with_matcher(model, method, models) -> dict[str, VLM | Matcher]:
+    """All models of a run: those given, and the method's matcher unless one is."""
+    given = _by_name(model) | dict(models or {})
+    vlm = next((one for one in given.values() if not isinstance(one, Matcher)), None)
+    return given if MATCHER in given or vlm is None else given | matcher_of(method, vlm)
 
 
 def _hash(text: str) -> int:

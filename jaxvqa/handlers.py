@@ -31,6 +31,7 @@ from jaxvqa.decoder import Cache
 from jaxvqa.decoding import Decoded, Output
 from jaxvqa.errors import JaxVQAError, UserError
 from jaxvqa.geometry import Geometry
+from jaxvqa.matcher import Matcher
 from jaxvqa.models import family_of
 from jaxvqa.prompts import Tokens
 from jaxvqa.requests import Call, Continue, Generate, Read, Reading, Reply, Request, Row, Score, YesNo
@@ -70,13 +71,15 @@ class Work:
     """Of this row as it runs."""
     cost: Callable[[Any], tuple[int, int]] = lambda result: (0, 0)
     """Of a result: (generated tokens, FLOPs)."""
+    apart: bool = False
+    """Whether its passes count apart: those of a matching model are none of a model that answers."""
 
 
 class Handler(Protocol):
     """Serves one kind of request."""
 
     name: str
-    """In statistics and warnings."""
+    """In statistics, costs and warnings."""
 
     def prepare(self, engine: "Engine", request: Any, seed: tuple[int, int]) -> Work:
         """Make a request ready; `seed` is the hash of the sample's id and the request's number. Raises UserError."""
@@ -156,7 +159,7 @@ class Batch:
     wanted: Bool[Array, "B R"]
 
 
-def _split(tree):
+def split(tree):
     """Arrays from the host, batch first, laid out over the mesh's batch axes (the identity without a mesh)."""
     return jax.tree.map(lambda x: constrain(x, ("batch", *(None,) * (x.ndim - 1))), tree)
 
@@ -170,33 +173,47 @@ def _encode(params, config, pixels: Float[Array, "M E E 3"], *, backend) -> tupl
 @partial(jax.jit, static_argnames=("capacity", "spec", "build", "reduce", "backend"))
 def _prefill(params, config, batch, plugins, taps_args, reduce_args, *, capacity, spec, build, reduce, backend):
     """Run prompts. Returns the output, the edits for decoding, the reduced readouts, and whether each row is finite."""
-    images, prefix = _images(batch.features), batch.prefix
-    batch = replace(batch, features=(), prefix=())
-    batch, images, taps_args, reduce_args = _split((batch, images, taps_args, reduce_args))
-    start = prefix[0].k.shape[1] if prefix else 0
-    keys = start + batch.ids.shape[1]
-    row = Row(batch.image_starts, start + batch.lengths, batch.rows, batch.wanted, None, None, config.grid, keys)
-    taps = Taps(rows=batch.rows - start)
-    if build is not None:
-        taps = replace(_batch_second(jax.vmap(build)(row, *taps_args)), rows=taps.rows)
-    run = partial(family_of(config).prefill, capacity=capacity)
-    if prefix:
-        cache = _restack(prefix, jnp.full_like(batch.lengths, start), keys if capacity is None else capacity)
-        run = partial(family_of(config).extend, cache=cache, before=batch.before)
-    out = run(
-        params, config, batch.ids, batch.lengths, features=images,
-        taps=taps, spec=spec, plugins=plugins, backend=backend,
-    )  # fmt: skip
-    if prefix and "values" in spec.read:
-        values = jnp.stack([out.cache.v[layer, :, :keys] for layer in spec.layers])
-        out = replace(out, readouts=replace(out.readouts, values=values))
-    value = None
-    if reduce is not None:
-        seen = _split((jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), out.readouts), out.logits))
-        value = jax.vmap(reduce)(replace(row, readouts=seen[0], logits=seen[1]), *reduce_args)
+    row, run = laid_out(config, batch, capacity)
+    taps_args, reduce_args = split((taps_args, reduce_args))
+    taps = Taps() if build is None else _batch_second(jax.vmap(build)(row, *taps_args))
+    out = run(params, taps=taps, spec=spec, plugins=plugins, backend=backend)
+    value = None if reduce is None else jax.vmap(reduce)(seen(row, out), *reduce_args)
     # A pass that stopped early has no logits; of any other, bad hidden states show there.
     finite = jnp.isfinite(out.logits).all(axis=1) if out.logits.shape[1] else jnp.isfinite(out.hidden).all(axis=(1, 2))
     return out, taps.edits, value, finite
+
+
+def laid_out(config, batch: Batch, capacity: int | None = None) -> tuple[Row, Callable[..., Output]]:
+    """A batch over the mesh: its rows before the pass, and the program `run(params, features, taps=, spec=, ...)`.
+
+    features: of the images, [B, I, P, D], where the batch has none.
+    """
+    images, prefix = _images(batch.features), batch.prefix
+    batch = replace(batch, features=(), prefix=())
+    batch, images = split((batch, images))
+    start = prefix[0].k.shape[1] if prefix else 0
+    keys = start + batch.ids.shape[1]
+    row = Row(batch.image_starts, start + batch.lengths, batch.rows, batch.wanted, None, None, config.grid, keys)
+
+    def run(params, features=images, *, taps: Taps, spec: ReadSpec, **kwargs) -> Output:
+        program = partial(family_of(config).prefill, capacity=capacity)
+        if prefix:
+            cache = _restack(prefix, jnp.full_like(batch.lengths, start), keys if capacity is None else capacity)
+            program = partial(family_of(config).extend, cache=cache, before=batch.before)
+        taps = replace(taps, rows=batch.rows - start)
+        out = program(params, config, batch.ids, batch.lengths, features=features, taps=taps, spec=spec, **kwargs)
+        if prefix and "values" in spec.read:
+            values = jnp.stack([out.cache.v[layer, :, :keys] for layer in spec.layers])
+            out = replace(out, readouts=replace(out.readouts, values=values))
+        return out
+
+    return row, run
+
+
+def seen(row: Row, out: Output) -> Row:
+    """Rows after the pass, as reductions see them under vmap: the batch first in every leaf."""
+    readouts, logits = split((jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), out.readouts), out.logits))
+    return replace(row, readouts=readouts, logits=logits)
 
 
 def _images(features) -> Float[Array, "B I P D"] | None:
@@ -235,7 +252,7 @@ def _decode(
     keys = None
     if sampled:
         make = jax.vmap(lambda seed: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed[0]), seed[1]), seed[2]))
-        keys = make(_split(seeds))
+        keys = make(split(seeds))
     return decoding.decode(
         params.decoder,
         config.decoder,
@@ -251,7 +268,7 @@ def _decode(
 
 @partial(jax.jit, static_argnames=("backend",))
 def _score(params, config, output, ids, lengths, *, backend) -> Float[Array, "B C"]:
-    ids, lengths = _split((ids, lengths))
+    ids, lengths = split((ids, lengths))
     return decoding.score_options(params.decoder, config.decoder, output, ids, lengths, backend=backend)
 
 
@@ -275,7 +292,7 @@ def _restack(kept: Sequence[Kept], lengths: Int[Array, "B"], capacity: int) -> C
     k, v = (
         constrain(jnp.stack(rows, axis=1), CACHE_LBSKH) for rows in zip(*((row.k, row.v) for row in kept), strict=True)
     )
-    order = _split(jnp.stack([row.order for row in kept]))
+    order = split(jnp.stack([row.order for row in kept]))
     order = jnp.where(order < lengths[:, None], order, NEVER)
     slots = order.shape[1]
     k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, capacity - slots), (0, 0), (0, 0))) for x in (k, v))
@@ -286,7 +303,7 @@ def _restack(kept: Sequence[Kept], lengths: Int[Array, "B"], capacity: int) -> C
 @partial(jax.jit, static_argnames=("layers", "backend"))
 def _prefix(params, config, ids, features, *, layers, backend) -> tuple[Kept, ...]:
     """Keys and values of the first `layers` layers for prompts' beginnings without padding."""
-    ids, images = _split((ids, _images(features)))
+    ids, images = split((ids, _images(features)))
     lengths = jnp.full_like(ids[:, 0], ids.shape[1])
     # Reading the last layer takes it out of the scan; as only its keys and values are used, XLA drops the rest of it.
     spec = ReadSpec((layers - 1,), frozenset({"values"}), stop=layers)
@@ -299,7 +316,7 @@ def _prefix(params, config, ids, features, *, layers, backend) -> tuple[Kept, ..
 @partial(jax.jit, static_argnames=("capacity", "backend"))
 def _extend(params, config, kept, cached, ids, lengths, *, capacity, backend) -> Output:
     """Append tokens to kept rows, of which the first `cached` tokens hold."""
-    cached, ids, lengths = _split((cached, ids, lengths))
+    cached, ids, lengths = split((cached, ids, lengths))
     cache = _restack(kept, cached, capacity)
     return decoding.extend(params.decoder, config.decoder, ids, lengths, cache, backend=backend)
 
@@ -307,7 +324,7 @@ def _extend(params, config, kept, cached, ids, lengths, *, capacity, backend) ->
 @partial(jax.jit, static_argnames=("layer", "capacity", "backend"))
 def _resume(params, config, kept, lengths, *, layer, capacity, backend) -> Output:
     """Run the layers from `layer` on over kept hidden states, and join the two caches."""
-    lengths, hidden = _split((lengths, jnp.stack([row.hidden for row in kept])))
+    lengths, hidden = split((lengths, jnp.stack([row.hidden for row in kept])))
     below = _restack(kept, lengths, capacity)
     spec = ReadSpec(start=layer)
     out = family_of(config).resume(params, config, hidden, lengths, spec, capacity=capacity, backend=backend)
@@ -323,12 +340,12 @@ class Images:
 
     name = "images"
 
-    def work(self, model: str, vlm: VLM, pixels: np.ndarray) -> Work:
+    def work(self, model: str, vlm: VLM | Matcher, pixels: np.ndarray) -> Work:
         flops = family_of(vlm.config).image_flops(vlm.config)
         return Work((self, model), pixels, flops=flops, padded_flops=flops)
 
     def launch(self, engine, works, size):
-        _, vlm = engine.model(works[0].key[1])
+        vlm = engine.models[works[0].key[1]]
         pixels = np.stack(padded([work.data for work in works], size))
         with vlm.on_mesh():
             features = _encode(vlm.params, vlm.config, pixels, backend=vlm.attention)
@@ -409,7 +426,7 @@ class Prompted:
         return len(self.tokens.ids)
 
 
-class _PromptHandler:
+class PromptHandler:
     """What requests with images and a prompt have in common."""
 
     name: str
@@ -462,13 +479,12 @@ class _PromptHandler:
             cost=lambda result: (0, flops),
         )
 
-    def prefill(self, engine, works, size, *, capacity=None, spec=ReadSpec(), build=None, reduce=None, plugins=()):
-        """Run a batch of prompts, padded to `size` rows; see `_prefill`."""
-        key, (_, vlm) = works[0].key, engine.model(works[0].key.model)
-        works, start, config = padded(works, size), key.start, vlm.config
-        rows = [work.data for work in works]
+    def batch(self, vlm: VLM, works: list[Work], size: int) -> Batch:
+        """Prompts of one key as a batch of `size` rows."""
+        key, config, works = works[0].key, vlm.config, padded(works, size)
+        rows, start = [work.data for work in works], key.start
         skip = config.image_tokens - config.grid[0] * config.grid[1]  # a class token before the cells
-        batch = Batch(
+        return Batch(
             ids=np.stack([right_pad(row.tokens.ids[start:], key.length - start) for row in rows]),
             lengths=np.array([row.length - start for row in rows], np.int32),
             before=np.array([(row.tokens.ids[:start] == config.image_token_id).sum() for row in rows], np.int32),
@@ -478,10 +494,14 @@ class _PromptHandler:
             rows=np.stack([row.rows for row in rows]),
             wanted=np.stack([row.wanted for row in rows]),
         )
-        args = stacked([row.args for row in rows])
+
+    def prefill(self, engine, works, size, *, capacity=None, spec=ReadSpec(), build=None, reduce=None, plugins=()):
+        """Run a batch of prompts, padded to `size` rows; see `_prefill`."""
+        _, vlm = engine.model(works[0].key.model)
+        batch, args = self.batch(vlm, works, size), stacked([work.data.args for work in padded(works, size)])
         with vlm.on_mesh():
             result = _prefill(
-                vlm.params, config, batch, plugins, args if build else (), args if reduce else (),
+                vlm.params, vlm.config, batch, plugins, args if build else (), args if reduce else (),
                 capacity=capacity, spec=spec, build=build, reduce=reduce, backend=vlm.attention,
             )  # fmt: skip
         return vlm, result
@@ -581,7 +601,7 @@ def _before_stop(vlm: VLM, ids: list[int], stop: tuple[str, ...]) -> list[int]:
     return ids[: max((size for size in range(len(ids)) if len(decoded(size)) <= cut), default=0)]
 
 
-class GenerateHandler(_PromptHandler):
+class GenerateHandler(PromptHandler):
     name = "generate"
 
     def prepare(self, engine, request: Generate, seed) -> Work:
@@ -626,7 +646,7 @@ class _Same:
         return id(self.value)
 
 
-class ReadHandler(_PromptHandler):
+class ReadHandler(PromptHandler):
     name = "read"
 
     def prepare(self, engine, request: Read, seed) -> Work:
@@ -682,7 +702,7 @@ def wanted_rows(which: str | tuple[int, ...], tokens: Tokens) -> np.ndarray:
     return rows
 
 
-class ScoreHandler(_PromptHandler):
+class ScoreHandler(PromptHandler):
     name = "score"
 
     def prepare(self, engine, request: Score, seed) -> Work:
@@ -716,7 +736,7 @@ class ScoreHandler(_PromptHandler):
         return collect
 
 
-class YesNoHandler(_PromptHandler):
+class YesNoHandler(PromptHandler):
     name = "yes_no"
 
     def prepare(self, engine, request: YesNo, seed) -> Work:
@@ -849,8 +869,8 @@ def _cut(engine, vlm: VLM, tokens: Tokens, rows: np.ndarray) -> int:
     return max((length for length in engine.lengths if length <= limit), default=0)
 
 
-def not_finite(vlm: VLM) -> JaxVQAError:
-    return JaxVQAError(f"{vlm.name}: the logits are not finite; check the weights, or load them with dtype='float32'")
+def not_finite(model: VLM | Matcher, what: str = "the logits") -> JaxVQAError:
+    return JaxVQAError(f"{model.name}: {what} are not finite; check the weights, or load them with dtype='float32'")
 
 
 def _prefill_flops(vlm: VLM, tokens: int, layers: int | None, start: int = 0) -> int:
@@ -875,4 +895,4 @@ HANDLERS: dict[type[Request], Handler] = {
     Continue: ContinueHandler(),
     Call: CallHandler(),
 }
-"""By kind of request. To serve another kind, add its handler here."""
+"""By kind of request; `engine.SERVED` are all."""

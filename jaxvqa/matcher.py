@@ -27,6 +27,8 @@ from jaxvqa.typing import Array, Float, Int
 
 MAX_WORDS, MAX_TOKENS = 50, 35
 """Of a text, as LAVIS processes captions; the tokens include the first and the last one."""
+ENCODER_TOKEN = 30523
+"""[ENC], the last of BLIP's published vocabulary: BERT's 30522 tokens, [DEC], [ENC]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,3 +198,12 @@ def load_matcher(
         attention=attention,
         mesh=mesh,
     )
+
+
+@functools.cache
+def matcher_of_method(source: str, mesh: Mesh | None = None, offline: bool = False) -> Matcher:
+    """`load_matcher` for a method's option, once per process; BLIP's published models get [ENC], as LAVIS gives it."""
+    matcher = load_matcher(source, mesh=mesh, offline=offline)
+    if matcher.config.text.vocab_size == ENCODER_TOKEN + 1:
+        matcher.first_token = ENCODER_TOKEN
+    return matcher

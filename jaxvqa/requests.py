@@ -10,7 +10,8 @@ them, and returns an `Answer`. It knows nothing of batches, devices or compilati
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple
+from hashlib import blake2b
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -59,6 +60,11 @@ class Sample:
             raise UserError(f"sample {self.id!r} has no image, and what was asked of it needs one")
         return self.images[0]
 
+    def random(self, seed: int) -> np.random.Generator:
+        """Random numbers that depend on the sample's id and the seed alone."""
+        digest = blake2b(f"{seed}/{self.id}".encode(), digest_size=8).digest()
+        return np.random.default_rng(int.from_bytes(digest))
+
     @property
     def box(self) -> Box | None:
         """The box around all `boxes`; None without any."""
@@ -90,6 +96,8 @@ class Row:
     """Token rows and columns of an image."""
     keys: int = field(metadata={"static": True})
     """Length S of a key axis that covers the prompt and the answer."""
+    gradient: Float[Array, "..."] | None = None
+    """What `Gradient` asked for: ∂y/∂A [C, N, R, S] beside `readouts.rows`, or ∂y/∂X [I, E, E, 3]; otherwise None."""
 
     def on_image(self, x: Float[Array, "*A S"], image: int = 0) -> Float[Array, "*A h w"]:
         """The part of a key axis (the last) that lies on one image, on its token grid.
@@ -107,11 +115,11 @@ class Row:
 class Request:
     """A question to a model. Positional fields are `images` and `prompt`; `model` names one of the engine's models."""
 
-    passes: ClassVar[int] = 1
+    passes: int = 1
     """Logical forward passes, as the papers count them: one call of `generate` or `forward` is one."""
 
     model: str | None = None
-    """None is the engine's first."""
+    """None is the engine's first of the kind that serves the request."""
 
 
 @dataclass(frozen=True)
@@ -192,29 +200,52 @@ class Continue(Request):
 class Call(Request):
     """Call a function of the user's (a detector, a judge) with `args`. Result: what it returns."""
 
-    passes: ClassVar[int] = 0
+    passes: int = field(default=0, kw_only=True)
 
     function: Callable
     args: tuple[Any, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Gradient(_Prompted):
-    """Gradient of the log-probability of the most likely next token, with respect to `wrt` at `layers`.
+    """Gradient of a scalar y of one forward pass. Result: `Reading`, whose value without a reduction is the gradient.
 
-    Result: `Reading`.
+    of="top": y is the log-probability of the most likely next token after the prompt (ViCrop), on a model that answers.
+
+        wrt="attention"  A, the attention probabilities of the wanted rows at `layers`, as `Read` gives them with all
+                         heads, and ∂y/∂A, both [C, N, R, S]: exact, of probabilities that nothing renormalises, so not
+                         zero at keys that a row does not see (`transforms.gradient.gradient_map` multiplies it by A).
+        wrt="pixels"     ∂y/∂X [I, E, E, 3] of the encoder's normalised pixels, through the vision tower; no `layers`.
+
+    of="match": y is the logit of "match", before the softmax, on a matching model (`jaxvqa.Matcher`). `prompt` is the
+    plain text, and there is one image. Only wrt="attention" at one layer, negative from the end: A and ∂y/∂A of the
+    text's cross-attention are [1, N, T, h·w], without the class token's column, for all T rows of the padded text. The
+    reduction's `Row` speaks of the text: `length` is its tokens, the first and the last one included, `rows` are
+    0..T−1, `wanted` those below `length`, `keys` is h·w, `logits` are those of "no match" and "match".
+
+    One forward pass; the backward pass counts in FLOPs as two more of the layers that it goes through.
     """
 
-    wrt: str
+    wrt: str = "attention"
     """"attention" or "pixels"."""
     layers: tuple[int, ...] = ()
+    """Layers (0-based, ascending) whose attention is differentiated."""
+    rows: str | tuple[int, ...] = "last"
+    """Query rows, as in `Read`; of="match" gives all, whatever this says."""
+    of: str = "top"
+    """"top" or "match"."""
     reduce: Callable | None = None
+    """Module-level function `reduce(row: Row, *args) -> arrays`, run on the device."""
     args: tuple[Any, ...] = ()
+    """Arrays for `reduce`."""
 
 
 @dataclass(frozen=True)
 class Match(_Prompted):
-    """How well a text matches an image, by an image-text model. Result: float, a probability."""
+    """How well a text matches an image, by a matching model (`jaxvqa.Matcher`). Result: float, a probability.
+
+    One image; `prompt` is the plain text.
+    """
 
 
 @dataclass(frozen=True)
@@ -247,7 +278,10 @@ class Reading:
 
 
 class Passes(NamedTuple):
-    """Logical forward passes of one sample. The final answer is what the method's last yield asked for."""
+    """Logical forward passes of one sample, those of matching models left out; `Cost.passes` counts them, too.
+
+    The final answer is what the method's last yield asked for.
+    """
 
     search: int = 0
     final: int = 0
@@ -268,9 +302,9 @@ class Cost:
     """
 
     passes: dict[str, int] = field(default_factory=dict)
-    """Forward passes by kind of request."""
+    """Forward passes by what served them: "generate", "read", "gradient", "match", "match_gradient", ..."""
     images: int = 0
-    """Image encodings."""
+    """Image encodings, but for those inside gradients to pixels."""
     tokens: int = 0
     """Generated tokens, each reply's end of text included."""
     flops: int = 0
@@ -296,6 +330,8 @@ class Answer:
     """f32 [H', W'] in image coordinates: it covers the whole first image, at any resolution of the same shape."""
     grid: np.ndarray | None = None
     """f32 [h, w]: the heat map on the token grid."""
+    reasoning: str = ""
+    """The whole reply, where the text is only a part of it."""
     status: str = "ok"
     """"ok", "error", or what a method has to say of its search (for example "nothing found")."""
 

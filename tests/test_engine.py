@@ -19,7 +19,7 @@ from jaxvqa.engine import Engine
 from jaxvqa.errors import JaxVQAError, UserError
 from jaxvqa.handlers import State
 from jaxvqa.prompts import GENERAL_QUESTION, render
-from jaxvqa.requests import Answer, Call, Continue, Generate, Gradient, Passes, Read, Reply, Sample, Score, YesNo
+from jaxvqa.requests import Answer, Call, Continue, Embed, Generate, Passes, Read, Reply, Sample, Score, YesNo
 from jaxvqa.taps import Edit, Plugin, ReadSpec, Tap, Taps
 
 LENGTHS = (16, 128, 192)
@@ -231,8 +231,8 @@ def test_an_error_goes_to_the_generator_whose_request_it_is_and_nothing_else_sto
     ("request_of", "match"),
     [
         (
-            lambda s: Gradient(s.image, "?", "attention"),
-            "does not serve Gradient requests; it serves Generate, Read, Sc",
+            lambda s: Embed(s.image, "?"),
+            "does not serve Embed requests; it serves Generate, Read, Score, YesNo, Continue, Call, Gradient, Match",
         ),
         (lambda s: 3, "does not serve int requests"),
         (lambda s: Generate(s.image, prompt("What?"), model="big"), "unknown model 'big'"),
@@ -482,7 +482,7 @@ def test_a_further_turn_is_answered_as_the_whole_conversation(vlm):
         assert third.ids
     assert engine.stats.rows["continue"] == 6
     assert engine.stats.rows["prefix"] == 3, "the two prompts about an image begin alike"
-    assert costs[0].passes == {"Generate": 2, "Continue": 2}
+    assert costs[0].passes == {"generate": 2, "continue": 2}
 
 
 def test_a_reply_with_a_stop_string_is_cut_there_and_can_be_continued(vlm):
@@ -643,7 +643,7 @@ def test_passes_and_costs_are_counted_by_the_engine(vlm):
         vlm, [Sample(picture(0, (300, 200)), "What is it?")], jaxvqa.methods.Vicrop(base=56, max_new_tokens=NEW)
     )[0]
     assert answer.forward_passes == Passes(search=2, final=1)
-    assert answer.cost.passes == {"Read": 2, "Generate": 1}
+    assert answer.cost.passes == {"read": 2, "generate": 1}
     assert (answer.cost.images, answer.cost.tokens) == (2, NEW)
     family = handlers.family_of(vlm.config)
     lower = replace(vlm.config, decoder=replace(vlm.config.decoder, num_layers=2))

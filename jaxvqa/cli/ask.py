@@ -31,6 +31,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method; may be repeated"
     )
+    parser.add_argument(
+        "--matcher", metavar="M", help="image-text matching model of a method that wants one: folder or hub id"
+    )
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: the method's own")
     parser.add_argument(
         "--exif", choices=("ignore", "apply"), default="ignore", help="the orientation tag; default: %(default)s"
@@ -43,7 +46,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from jaxvqa.images import open_image, overlay
 
-    method = configure(args.method, args.option, args.max_new_tokens)
+    matcher = [] if args.matcher is None else [f"matcher={args.matcher}"]
+    method = configure(args.method, args.option + matcher, args.max_new_tokens)
     if not args.question.strip():
         raise UserError("--question is empty: say what to ask about the picture")
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
@@ -53,10 +57,12 @@ def run(args: argparse.Namespace) -> int:
     images = tuple(open_image(path, exif=args.exif) for path in args.image)
 
     import jaxvqa
+    from jaxvqa.engine import matcher_of
 
     progress(f"loading {args.model}")
     vlm = load_model(args)
-    answer = jaxvqa.ask(vlm, images, args.question, method=method)
+    models = matcher_of(method, vlm, offline=args.offline)
+    answer = jaxvqa.ask(vlm, images, args.question, method=method, models=models)
     if args.save:
         overlay(images[0], answer.heatmap, answer.boxes).save(args.save)
         progress(f"wrote {args.save}")

@@ -209,6 +209,9 @@ def encode_image(
     return blip.encode(params.vision, c.vision, pixels, backend=backend)
 
 
+encode_images = encode_image  # as in the families that answer: the engine encodes any model's images
+
+
 def embed(
     params: BlipItm, c: BlipItmConfig, ids: Int[Array, "B T"], position: Int[Array, "B T"] | None = None
 ) -> Float[Array, "B T D"]:
@@ -314,12 +317,34 @@ def gradcam(
         relu="sum"   max(0, Σ_heads ∇A ⊙ A)            HiPerson Eq. 3-4, on the row of the first token
         relu="grad"  mean_heads max(0, ∇A) ⊙ A         LAVIS, averaged over the rows 1 … length − 2
 
-    The head reads the first token only: at the last layer the rows of all others are exactly zero. So are the rows of
-    padding. ∇A[n, t, s] = ⟨∂y/∂O[n, t], V[s, n]⟩ with O the heads' outputs, so that only the layers above are
-    differentiated. Raises `JaxVQAError` for a layer that is not there, or another `relu`.
+    The rows of padding are zero. Raises `JaxVQAError` for a layer that is not there, or another `relu`.
     """
     if relu not in ("sum", "grad"):
         raise JaxVQAError(f"relu {relu!r}: expected 'sum' (after the sum over heads) or 'grad' (of the gradient)")
+    _, probs, slopes = match_gradient(params, c, ids, lengths, image, layer, backend=backend)
+    if relu == "sum":
+        maps = jnp.maximum(jnp.sum(slopes * probs, axis=1), 0)
+    else:
+        maps = jnp.mean(jnp.maximum(slopes, 0) * probs, axis=1)
+    return jnp.reshape(maps, (*maps.shape[:2], *c.grid), out_sharding=layout(BATCH))
+
+
+def match_gradient(
+    params: BlipItm,
+    c: BlipItmConfig,
+    ids: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    image: Float[Array, "B S D"],
+    layer: int = -1,
+    *,
+    backend: str = "auto",
+) -> tuple[Float[Array, "B 2"], Float[Array, "B N T P"], Float[Array, "B N T P"]]:
+    """`match`'s logits, a text layer's cross-attention A to the P patches, and ∂y/∂A of y, the logit of "match"; f32.
+
+    ∂y/∂A[n, t, s] = ⟨∂y/∂O[n, t], V[s, n]⟩ with O the heads' outputs, so that only the layers above are differentiated.
+    The head reads the first token only: at the last layer the gradient of all other rows is exactly zero. So is that of
+    padding, at any layer.
+    """
     at = layer_index(c, layer)
     t, mask = c.text, text_mask(ids, lengths)
     below = run_layers(params, c, embed(params, c, ids), mask, image, 0, at, backend=backend)
@@ -327,18 +352,31 @@ def gradcam(
     def logit(perturb):
         x, (q, k, v) = run_layer(params, c, below, mask, image, at, perturb, backend=backend)
         x = run_layers(params, c, x, mask, image, at + 1, backend=backend)
-        return jnp.sum(score(params, x[:, 0])[:, MATCH]), (q, k, v)
+        logits = score(params, x[:, 0])
+        return jnp.sum(logits[:, MATCH]), (logits, q, k, v)
 
     B, T, _ = below.shape
     zero = jnp.zeros((B, T, t.num_heads, t.width // t.num_heads), jnp.float32, out_sharding=layout(ACT_BTNH))
-    gradient, (q, k, v) = jax.grad(logit, has_aux=True)(zero)
+    gradient, (logits, q, k, v) = jax.grad(logit, has_aux=True)(zero)
     probs = attention_rows(q, k, None, scale=q.shape[-1] ** -0.5)
     slopes = einsum("BTNH,BSNH->BNTS", gradient, v.astype(jnp.float32), out=("batch", "heads"))
-    if relu == "sum":
-        maps = jnp.maximum(jnp.sum(slopes * probs, axis=1), 0)
-    else:
-        maps = jnp.mean(jnp.maximum(slopes, 0) * probs, axis=1)
-    return jnp.reshape(maps[..., 1:], (B, T, *c.grid), out_sharding=layout(BATCH))
+    return logits, probs[..., 1:], slopes[..., 1:]
+
+
+def flops(c: BlipItmConfig, tokens: int, layers: int | None = None) -> int:
+    """Analytic FLOPs of one row's pass through `layers` text layers (None: all) and the head: 2 per multiply-add."""
+    t, patches = c.text, c.grid[0] * c.grid[1] + 1
+    weights = tokens * (6 * t.width**2 + 2 * t.width * t.mlp_width) + 2 * patches * c.vision.width * t.width
+    attention = 2 * tokens * (tokens + patches) * t.width
+    return 2 * ((t.num_layers if layers is None else layers) * (weights + attention) + 2 * t.width)
+
+
+def image_flops(c: BlipItmConfig) -> int:
+    """Analytic FLOPs of encoding one image."""
+    v = c.vision
+    T = c.grid[0] * c.grid[1] + 1
+    block = T * (4 * v.width**2 + 2 * v.width * v.mlp_width) + 2 * T * T * v.width
+    return 2 * (T * 3 * v.patch_size**2 * v.width + v.num_layers * block)
 
 
 def layer_index(c: BlipItmConfig, layer: int) -> int:
