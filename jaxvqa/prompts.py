@@ -206,6 +206,29 @@ def render(
     return build.prompt(template.joined)
 
 
+def worded(
+    question: str, ending: str = "open", options: Sequence[str] = (), template: str | Template = "vicuna_v1"
+) -> str:
+    """A question as `render` words it under an ending: for a text of one's own that it is to be part of.
+
+    Raises UserError for an unknown template or ending, and for options that the ending does not list, or lacks.
+    """
+    template = _named(template, TEMPLATES, "template") if isinstance(template, str) else template
+    before, after = _expand(_named(ending, ENDINGS, "ending"), options, template)
+    return before + question + after
+
+
+def stem(question: str) -> str:
+    """A question without image markers, and without options in its own text: what a map is made for.
+
+    Options are what follows a line that begins with "(A)", "A.", "A)" or "A:", or says "Options:".
+
+    >>> stem("<image>\\nWhat is on the sign?\\n(A) A bird\\n(B) A cat\\nAnswer with the option's letter.")
+    'What is on the sign?'
+    """
+    return re.split(r"\n\s*(?:\(A\)|A[.):]|Options:)\s", question.replace(MARKER, ""), maxsplit=1)[0].strip()
+
+
 class _Builder:
     def __init__(self):
         self.chunks, self.roles, self.count = [], [], 0

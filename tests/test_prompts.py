@@ -8,7 +8,17 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from jaxvqa.errors import JaxVQAError, UserError
-from jaxvqa.prompts import ENDINGS, GENERAL_QUESTION, SHORT_ANSWER, TEMPLATES, ImageSlot, render, tokenise
+from jaxvqa.prompts import (
+    ENDINGS,
+    GENERAL_QUESTION,
+    SHORT_ANSWER,
+    TEMPLATES,
+    ImageSlot,
+    render,
+    stem,
+    tokenise,
+    worded,
+)
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -197,6 +207,33 @@ def test_endings_and_options_must_fit():
         render("vicuna_v1", "Q?", ending="mcq_letter")
     with pytest.raises(UserError, match="'open' lists no options"):
         render("vicuna_v1", "Q?", options=["a"])
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_question_is_worded_alone_as_in_its_prompt(ending, template):
+    options = ("(A) a bird", "(B) a cat") if ENDINGS[ending].option else ()
+    alone = worded("What is it?", ending, options, template)
+    whole = render(template, "What is it?", ending=ending, options=options)
+    assert alone != "What is it?" or ending in ("open", "logits_match")
+    assert render(template, alone, ending="open").text == whole.text
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("What is it?", "What is it?"),
+        ("<image>\nWhat is it? ", "What is it?"),
+        ("What is it?\n(A) a bird\n(B) a cat\nAnswer with the letter.", "What is it?"),
+        ("What is it?\nA. a bird\nB. a cat", "What is it?"),
+        ("What is it?\n A) a bird", "What is it?"),
+        ("What is it?\nOptions:\nA. a bird", "What is it?"),
+        ("Look closely.\nA bird or a cat?", "Look closely.\nA bird or a cat?"),
+        ("Is plan (A) better?", "Is plan (A) better?"),
+    ],
+)
+def test_the_stem_of_a_question_has_no_options_and_no_markers(question, expected):
+    assert stem(question) == expected
 
 
 def test_only_the_last_question_gets_the_ending():

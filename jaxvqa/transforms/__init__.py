@@ -5,6 +5,7 @@ from jaxvqa.transforms.blur import average_pool, gaussian_blur
 from jaxvqa.transforms.gaussian_mixture import gaussian_mixture
 from jaxvqa.transforms.gradient import (
     attention_gradient,
+    gradient_length,
     gradient_map,
     high_pass_mask,
     match_layer,
@@ -26,6 +27,7 @@ __all__ = [
     "distribution",
     "gaussian_blur",
     "gaussian_mixture",
+    "gradient_length",
     "gradient_map",
     "high_pass_mask",
     "image_share",

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from jaxvqa.errors import UserError
+from jaxvqa.geometry import Geometry
 from jaxvqa.transforms.blur import average_pool
 from jaxvqa.transforms.normalise import TINY, ratio
 from jaxvqa.transforms.relative_attention import relative_attention
@@ -84,45 +85,59 @@ def text_rows(rows: str, lengths: Int[Array | np.ndarray, "*B"], count: int) -> 
     raise UserError(f"itm_rows={rows!r}; expected 'enc' or 'tokens_mean'")
 
 
+def gradient_length(gradient: Float[Array | np.ndarray, "*B H W 3"]) -> Float[Array, "*B H W"]:
+    """Euclidean length over the colours, float32: what a pixel matters to y, from ∂y/∂X.
+
+    Squares of large or small gradients would not be finite, or zero.
+    """
+    gradient = gradient.astype(jnp.float32)
+    top = jnp.maximum(jnp.abs(gradient).max(-1, keepdims=True), TINY)
+    return jnp.minimum(top[..., 0] * jnp.sqrt(jnp.square(ratio(gradient, top)).sum(-1)), MAX)
+
+
 def pixel_gradient_map(
-    question: Float[Array | np.ndarray, "*B H W 3"],
-    reference: Float[Array | np.ndarray, "*B H W 3"],
+    question: Float[Array | np.ndarray, "*B H W"],
+    reference: Float[Array | np.ndarray, "*B H W"],
     mask: Bool[Array | np.ndarray, "*B H W"],
     cell: int,
 ) -> Float[Array, "*B h w"]:
     """ViCrop's pure_grad: how much more a pixel matters to the question, where the image has detail.
 
-    question, reference: ∂y/∂X for the encoder's pixels X, under the question and under a general request.
+    question, reference: `gradient_length` at the encoder's pixels, under the question and under a general request.
     mask: of `high_pass_mask`. cell: side of a token's cell in pixels.
 
-    The ratio of the gradients' lengths over the channels, times the mask, averaged over each cell: float32 [.., h, w].
-    Zero where the reference has no gradient.
+    The ratio of the lengths, times the mask, averaged over each cell: float32 [.., h, w]. Zero where the reference has
+    no gradient.
     """
-    return average_pool(jnp.where(mask, relative_attention(_length(question), _length(reference)), 0.0), cell)
+    return average_pool(jnp.where(mask, relative_attention(question, reference), 0.0), cell)
 
 
-def _length(x: Array | np.ndarray) -> Array:
-    """Euclidean length over the last axis, in float32; squares of large or small gradients would not be finite or 0."""
-    x = x.astype(jnp.float32)
-    top = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), TINY)
-    return jnp.minimum(top[..., 0] * jnp.sqrt(jnp.square(ratio(x, top)).sum(-1)), MAX)
+def high_pass(
+    image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
+) -> Float[np.ndarray, "h w"]:
+    """How much detail there is at each pixel of the image, or of a box of it, resized to `size` (w, h), float32 (host).
 
-
-def high_pass(image: Image.Image, side: int) -> Float[np.ndarray, "E E"]:
-    """How much detail there is at each pixel of the image squashed to `side`, float32 (ViCrop, host).
-
-    The distance in colour (0..1 per channel) from a 3 × 3 Gaussian blur of sigma 0.8, then a 7 × 7 median. ViCrop
-    squashes the whole image, wherever the encoder looks; give the padded or cropped image for what it really sees.
+    The distance in colour (0..1 per channel) from a 3 × 3 Gaussian blur of sigma 0.8, then a 7 × 7 median (ViCrop).
     """
     from scipy import ndimage  # a dependency of JAX, slow to import
 
-    small = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+    small = image.convert("RGB").resize(size, Image.Resampling.BILINEAR, box)
     pixels = np.asarray(small, np.float32) / 255
     low = ndimage.gaussian_filter(pixels, 0.8, radius=1, mode="mirror", axes=(0, 1))
     return ndimage.median_filter(np.sqrt(np.square(pixels - low).sum(-1)), 7)
 
 
-def high_pass_mask(image: Image.Image, side: int) -> Bool[np.ndarray, "E E"]:
-    """Pixels with more than the median detail, bool [side, side]; see `high_pass`."""
-    detail = high_pass(image, side)
-    return detail > np.median(detail)
+def high_pass_mask(image: Image.Image, view: Geometry) -> Bool[np.ndarray, "E E"]:
+    """Pixels of the encoder's input with more than the image's median detail; see `high_pass` (host).
+
+    view: where the encoder looks. Padding has no detail, and no part in the median. ViCrop squashes the whole image,
+    wherever the encoder looks: `for_squash`.
+    """
+    mask = np.zeros((view.encoder_size, view.encoder_size), bool)
+    # Rounded first: an edge that lies on a pixel's must not reach into the next one.
+    corners = np.clip(view.to_encoder(np.array([(0, 0), view.image_size])).round(6), 0, view.encoder_size)
+    (x1, y1), (x2, y2) = np.floor(corners[0]).astype(int), np.ceil(corners[1]).astype(int)
+    seen = np.clip(view.from_encoder(np.array([(x1, y1), (x2, y2)])), 0, view.image_size).ravel()
+    detail = high_pass(image, (int(x2 - x1), int(y2 - y1)), tuple(seen.tolist()))
+    mask[y1:y2, x1:x2] = detail > np.median(detail)
+    return mask

@@ -11,8 +11,9 @@ from PIL import Image
 
 from jaxvqa.errors import UserError
 from jaxvqa.geometry import for_squash
+from jaxvqa.regions import tiles as joined
 from jaxvqa.regions.tiles import cut, join, joined_geometry, tile_boxes
-from jaxvqa.regions.windows import Tiles, high_res_split, search
+from jaxvqa.regions.windows import Tiles, find, high_res_split, search
 
 
 def test_the_tiles_of_a_vstar_image():
@@ -94,3 +95,25 @@ def test_the_black_beyond_the_image_is_never_chosen():
     heat[2, 3] = 1
     x1, y1, x2, y2 = search(heat, size, 336, geometry=geometry)
     assert x1 <= 350 <= x2 and y1 <= 250 <= y2
+
+
+SIZES = [(2250, 1500), (8064, 1024)]
+
+
+@given(st.sampled_from(SIZES), st.integers(0, 99), st.sampled_from([100, 336]), st.booleans())
+def test_a_padded_search_finds_what_the_plain_one_does(size, seed, base, squashed):
+    tiles = high_res_split(size)
+    geometry = joined_geometry(size, tiles, (6, 6), 84)
+    geometry = for_squash(*size, 84, geometry.grid) if squashed else geometry
+    heat = np.random.default_rng(seed).standard_normal(geometry.grid, np.float32)
+    assert joined.search(heat, geometry, base) == search(heat, size, base, geometry=geometry)
+
+
+def test_joined_maps_of_many_shapes_share_programs():
+    shapes = [(rows, columns) for rows in (3, 4) for columns in (3, 4)]
+    before = find._cache_size()
+    for rows, columns in shapes:
+        tiles = Tiles(rows, columns, (100, 100))
+        size = columns * 100, rows * 100
+        joined.search(np.ones((rows * 11, columns * 11), np.float32), joined_geometry(size, tiles, (11, 11), 84), 100)
+    assert find._cache_size() - before == 1, "33 and 44 cells are both padded to 48"

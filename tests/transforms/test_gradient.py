@@ -14,8 +14,10 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from jaxvqa.errors import UserError
+from jaxvqa.geometry import for_crop, for_pad, for_squash
 from jaxvqa.transforms.gradient import (
     attention_gradient,
+    gradient_length,
     gradient_map,
     high_pass,
     high_pass_mask,
@@ -214,7 +216,7 @@ def picture(case):
 
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: "x".join(map(str, case["size"])))
 def test_the_high_pass_map_is_that_of_the_release(case):
-    detail = high_pass(picture(case), case["res"])
+    detail = high_pass(picture(case), (case["res"], case["res"]))
     assert detail.shape == (case["res"], case["res"]) and detail.dtype == np.float32
     assert np.median(detail) == pytest.approx(case["median"], abs=1e-6)
     assert detail.mean() == pytest.approx(case["mean"], abs=1e-6)
@@ -224,26 +226,80 @@ def test_the_high_pass_map_is_that_of_the_release(case):
         np.testing.assert_allclose(sums, case["reduced"], atol=2e-4)
 
 
-def test_the_mask_is_what_lies_above_the_median():
+def test_the_releases_mask_is_what_lies_above_the_median_of_the_squashed_image():
     case = GOLDEN["cases"][2]
-    mask = high_pass_mask(picture(case), case["res"])
+    image, side = picture(case), case["res"]
+    mask = high_pass_mask(image, for_squash(*image.size, side, (16, 16)))
     assert mask.dtype == bool and mask.mean() == pytest.approx(case["frac_above_median"], abs=1e-4)
-    np.testing.assert_array_equal(mask, high_pass(picture(case), case["res"]) > case["median"])
-    assert not high_pass_mask(Image.new("L", (30, 20), 7), 28).any()  # no pixel of a plain image has detail
+    np.testing.assert_array_equal(mask, high_pass(image, (side, side)) > case["median"])
+
+
+VIEWS = {"pad": for_pad, "crop": for_crop, "squash": for_squash}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_plain_image_has_no_detail(view):
+    assert not high_pass_mask(Image.new("L", (30, 20), 7), VIEWS[view](30, 20, 28, (2, 2))).any()
+
+
+def test_the_mask_lies_where_the_encoder_sees_the_image_and_padding_has_no_part_in_it():
+    """At full size, so that nothing is resampled: 56 x 28 in the middle of a square of 56."""
+    image = picture({"size": [56, 28], "seed": 3})
+    mask = high_pass_mask(image, for_pad(56, 28, 56, (4, 4)))
+    detail = high_pass(image, (56, 28))
+    np.testing.assert_array_equal(mask[14:42], detail > np.median(detail))
+    assert not mask[:14].any() and not mask[42:].any() and 0.45 < mask[14:42].mean() <= 0.5
+
+
+def test_the_mask_of_a_cropped_image_is_that_of_the_crop():
+    image = picture({"size": [112, 56], "seed": 3})
+    mask = high_pass_mask(image, for_crop(112, 56, 56, (4, 4)))
+    detail = high_pass(image.crop((28, 0, 84, 56)), (56, 56))
+    np.testing.assert_array_equal(mask, detail > np.median(detail))
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.sampled_from(list(VIEWS)))
+def test_images_of_any_shape_have_a_mask(width, height, view):
+    geometry = VIEWS[view](width, height, 28, (2, 2))
+    image = Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8))
+    mask = high_pass_mask(image, geometry)
+    assert mask.shape == (28, 28) and mask.sum() <= 28 * 28 / 2
+    x, y = np.clip(geometry.to_encoder(np.array([(0, 0), image.size])).T, 0, 28)
+    rows, columns = np.nonzero(mask)  # a pixel that the image only touches is part of it
+    assert (rows > y[0] - 1).all() and (rows < y[1]).all() and (columns > x[0] - 1).all() and (columns < x[1]).all()
 
 
 E, CELL = (6, 8), 2
 
 
-def pixels(elements=moderate, batch=()):
-    gradients = arrays(np.float32, (*batch, *E, 3), elements=elements)
-    return st.tuples(gradients, gradients, arrays(bool, (*batch, *E)))
+def gradients(elements=moderate):
+    return arrays(np.float32, (*E, 3), elements=elements)
+
+
+def lengths(batch=()):
+    """Lengths of two gradients, and a mask."""
+    length = arrays(np.float32, (*batch, *E), elements=finite.map(abs))
+    return st.tuples(length, length, arrays(bool, (*batch, *E)))
+
+
+@given(gradients(finite))
+def test_the_length_of_a_gradient_is_euclidean(gradient):
+    ours = gradient_length(gradient)
+    assert ours.shape == E and ours.dtype == jnp.float32
+    expected = np.minimum(np.sqrt(np.square(gradient.astype(np.float64)).sum(-1)), np.finfo(np.float32).max)
+    np.testing.assert_allclose(ours, expected, rtol=2e-6, atol=1e-37)
+
+
+def test_tiny_and_huge_gradients_keep_their_length():
+    """Their squares are not float32 numbers."""
+    for scale in (1e-30, 1e30):
+        ours = gradient_length(np.full((*E, 3), scale, np.float32))
+        np.testing.assert_allclose(ours, np.full(E, 3**0.5 * scale), rtol=1e-6)
 
 
 def pixel_reference(question, general, mask):
-    lengths = [np.sqrt((np.float64(g) ** 2).sum(-1)) for g in (question, general)]
-    known = lengths[1] >= np.finfo(np.float32).tiny
-    ratio = np.where(known & mask, lengths[0] / np.where(known, lengths[1], 1), 0)
+    known = general >= np.finfo(np.float32).tiny
+    ratio = np.where(known & mask, question.astype(np.float64) / np.where(known, general, 1), 0)
     ratio = np.minimum(ratio, np.finfo(np.float32).max)
     out = np.zeros((E[0] // CELL, E[1] // CELL))
     for y, x in np.ndindex(out.shape):
@@ -251,31 +307,17 @@ def pixel_reference(question, general, mask):
     return out
 
 
-@given(pixels())
-def test_the_pixel_map_is_the_masked_ratio_of_lengths(case):
-    ours = pixel_gradient_map(*case, CELL)
-    assert ours.dtype == jnp.float32
-    np.testing.assert_allclose(ours, pixel_reference(*case), rtol=2e-6, atol=1e-37)
-
-
-@given(pixels(finite))
-def test_the_pixel_map_is_finite_for_every_finite_gradient(case):
+@given(lengths())
+def test_the_pixel_map_is_the_masked_ratio_of_lengths_and_finite(case):
     ours = np.asarray(pixel_gradient_map(*case, CELL))
-    assert np.isfinite(ours).all() and (ours >= 0).all()
-
-
-def test_tiny_and_huge_gradients_keep_their_ratio():
-    """Their squares are not float32 numbers."""
-    gradient, mask = np.ones((*E, 3), np.float32), np.ones(E, bool)
-    for scale in (1e-30, 1e30):
-        ours = pixel_gradient_map(np.float32(3 * scale) * gradient, np.float32(scale) * gradient, mask, CELL)
-        np.testing.assert_allclose(ours, np.full((3, 4), 3), rtol=1e-6)
+    assert ours.dtype == jnp.float32 and np.isfinite(ours).all()
+    np.testing.assert_allclose(ours, pixel_reference(*case), rtol=2e-6, atol=1e-37)
 
 
 def in_cells(*pixels):
     return pixel_gradient_map(*pixels, CELL)
 
 
-@given(pixels(batch=(3,)), st.permutations(range(3)))
+@given(lengths(batch=(3,)), st.permutations(range(3)))
 def test_pixel_maps_of_a_batch_do_not_mix(case, order):
     assert_batched(in_cells, *case, order=order, rtol=2e-6, atol=1e-37)
