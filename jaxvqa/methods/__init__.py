@@ -24,6 +24,7 @@ BUILTIN = {
     "vanilla": "jaxvqa.methods.vanilla:Vanilla",
     "vicrop": "jaxvqa.methods.vicrop:Vicrop",
     "cof": "jaxvqa.methods.cof:Cof",
+    "hiperson": "jaxvqa.methods.hiperson:HiPerson",
     "blind": "jaxvqa.methods.controls:Blind",
     "random_crop": "jaxvqa.methods.controls:RandomCrop",
     "rival_crop": "jaxvqa.methods.controls:RivalCrop",
@@ -32,7 +33,11 @@ BUILTIN = {
     "mask_reweight": "jaxvqa.methods.controls:MaskReweight",
 }
 
-PRESETS: dict[tuple[str, str], dict[str, Any]] = {}
+PRESETS: dict[tuple[str, str], dict[str, Any]] = {
+    # Chosen on development questions: this model finds the plate in the middle, at the end of the prompt; the mean over
+    # its question's tokens finds any plate of the colour or the shape.
+    ("hiperson", "specks-llava"): {"layer": 3, "query_rows": "last"},
+}
 """(method, model name) -> options, where a model wants other values than the method's rule gives."""
 
 
