@@ -19,7 +19,6 @@ import numpy as np
 from jaxvqa.decoder import DecoderConfig
 from jaxvqa.models import llava
 from jaxvqa.models.llava import LlavaConfig
-from jaxvqa.specks.questions import OBJECTS, objects_answer
 from jaxvqa.specks.scenes import COLORS, scene
 from jaxvqa.specks.tokenizer import IMAGE, train_tokenizer
 from jaxvqa.specks.views import VIEWS, open_views, render, view_boxes
@@ -35,25 +34,6 @@ DENSE = ("dense", "dense", "crowded", "dense", "small", "whole")
 ASKED = ("small", "crowded", "small", "whole")
 """Kinds of scenes in the order in which the stages draw them: what image tokens show; what is asked."""
 GRID = 16
-EXAMPLES = [
-    (f"Question: {question}\n{OBJECTS}", objects_answer(needs, purpose))
-    for question, needs, purpose in (
-        ("What colour is the dog's collar?", "dog with a collar", "determine the color"),
-        (
-            "Is the red bicycle on the left or the right of the blue van?",
-            "red bicycle and blue van",
-            "compare the positions",
-        ),
-        ("What is written on the sign above the shop door?", "sign above the shop door", "read the text"),
-        (
-            "Is the man with the umbrella in front of or behind the woman with the white hat?",
-            "man with the umbrella and woman with the white hat",
-            "compare the positions",
-        ),
-        ("Which animal is printed on the green flag?", "green flag", "determine the animal"),
-        ("How many boats are in the picture?", "all boats", "count the boats"),
-    )
-]
 
 
 def model_config(vocab_size: int, image_token_id: int) -> LlavaConfig:
@@ -194,7 +174,7 @@ def mixed_batch(views: Views, packer: specks.Packer, each: int | None, batch: in
         whole, crop = (views.pick(number, view) for view in (0, 1 + int(rng.integers(VIEWS - 1))))
         form = rng.random()
         if form < 0.06 and each is None:
-            items.append(([whole, crop], specks.few_shot(rng, whole[0], EXAMPLES)))
+            items.append(([whole, crop], specks.few_shot(rng, whole[0])))
         elif form < 0.4:
             first, second = (crop, whole) if rng.random() < 0.25 else (whole, crop)
             items.append(([first, second], specks.single(rng, *first[:2], terse=0.3)))

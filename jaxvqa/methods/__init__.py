@@ -25,6 +25,7 @@ BUILTIN = {
     "vicrop": "jaxvqa.methods.vicrop:Vicrop",
     "cof": "jaxvqa.methods.cof:Cof",
     "hiperson": "jaxvqa.methods.hiperson:HiPerson",
+    "focus": "jaxvqa.methods.focus:Focus",
     "blind": "jaxvqa.methods.controls:Blind",
     "random_crop": "jaxvqa.methods.controls:RandomCrop",
     "rival_crop": "jaxvqa.methods.controls:RivalCrop",

@@ -6,7 +6,7 @@ from itertools import combinations
 from math import ceil, hypot, sqrt
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from jaxvqa.errors import UserError
 from jaxvqa.geometry import Box, pad_offset
@@ -111,6 +111,22 @@ def close_up(image: Image.Image, box: Box, side: int, scale: float | int = 1) ->
         spans.append((low, min(low + size, square.width)))
     (x1, x2), (y1, y2) = spans
     return crop(square, (x1, y1, x2, y2))
+
+
+def highlight(image: Image.Image, boxes: Sequence | np.ndarray, colour: str = "red") -> Image.Image:
+    """A copy of `image` with a rectangle around each box, as ZoomEye shows a model where its other view lies.
+
+    boxes: [n, 4] xyxy in pixels of `image`. The line, 1/120 of the image's longer side wide, lies outside the box where
+    the image leaves room for it.
+    """
+    out, width = image.convert("RGB"), max(1, max(image.size) // 120)
+    draw = ImageDraw.Draw(out)
+    for box in boxes:
+        x1, y1, x2, y2 = pixel_box(box, image.size)
+        x1, y1, x2, y2 = pixel_box((x1 - width, y1 - width, x2 + width, y2 + width), image.size)
+        # Pillow's corners are inclusive, and its lines go inwards.
+        draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=colour, width=width)
+    return out
 
 
 def _centre(box: Box) -> tuple[float, float]:

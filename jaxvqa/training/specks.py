@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from jaxvqa import decoder, sharding
 from jaxvqa.attention import NEVER
 from jaxvqa.decoder import Stream
+from jaxvqa.methods.targets import EXAMPLES
 from jaxvqa.models import llava
 from jaxvqa.models.llava import Llava, LlavaConfig
 from jaxvqa.prompts import TEMPLATES
@@ -638,11 +639,11 @@ def _others(rng, scene) -> list[Question]:
     return questions(scene, rng, scene.box, ("color", "shape", "presence", "relation", "count", "where"))
 
 
-def few_shot(rng: np.random.Generator, scene: Scene, examples: list[tuple[str, str]]) -> Row:
+def few_shot(rng: np.random.Generator, scene: Scene) -> Row:
     """Target extraction after a conversation of examples, as FOCUS asks for it."""
     text = head(VICUNA)
-    for question, answer in examples:
-        text += f"{question}{VICUNA.assistant} {answer}{VICUNA.answer_end}{VICUNA.user}"
+    for question, answer in zip(EXAMPLES.question_list, EXAMPLES.response_list, strict=True):
+        text += f"{EXAMPLES.asked(question)}{VICUNA.assistant} {answer}{VICUNA.answer_end}{VICUNA.user}"
     asks = [q for _ in range(6) for q in questions(scene, rng, None, ("objects",))]
     return [text], [Ask(_bare(q), q.answer, "objects", _WEIGHTS["objects"]) for q in asks]
 

@@ -25,36 +25,50 @@ def value_similarity(
 
     Returns float32 [T, S]. Negative similarities are kept.
     """
-    values = jnp.where(valid[:, None, None], values.astype(jnp.float32), 0.0)
-    length = jnp.linalg.norm(values, axis=-1, keepdims=True)
-    unit = values / jnp.where(length > 0, length, 1.0)
-    with jax.default_matmul_precision("highest"):
-        alike = jnp.einsum("CTKH,CSKH->CTS", unit[:, targets], unit)
-        # A row's sum over all tokens, without the S x S matrix.
-        sums = jnp.einsum("CSKH,CKH->CS", unit, unit.sum(axis=1)) + 1
-    divisor = sums[:, targets, None] if norm == "row" else sums[:, None, :]
-    return jnp.where(valid, (alike + jax.nn.one_hot(targets, values.shape[1])) / divisor, 0.0).sum(axis=0)
+
+    def add(total, values):
+        """One layer after the other: float32 copies of all of them at once would take more than the cache itself."""
+        values = jnp.where(valid[:, None, None], values.astype(jnp.float32), 0.0)
+        length = jnp.linalg.norm(values, axis=-1, keepdims=True)
+        unit = values / jnp.where(length > 0, length, 1.0)
+        with jax.default_matmul_precision("highest"):
+            alike = jnp.einsum("TKH,SKH->TS", unit[targets], unit)
+            # A row's sum over all tokens, without the S x S matrix.
+            sums = jnp.einsum("SKH,KH->S", unit, unit.sum(axis=0)) + 1
+        divisor = sums[targets, None] if norm == "row" else sums
+        return total + (alike + jax.nn.one_hot(targets, len(values))) / divisor, None
+
+    targets = jnp.asarray(targets)
+    total, _ = jax.lax.scan(add, jnp.zeros((len(targets), values.shape[1])), jnp.asarray(values))
+    return jnp.where(valid, total, 0.0)
 
 
 def relevance(
-    maps: Float[Array | np.ndarray, "T h w"], wanted: Bool[Array | np.ndarray, "T"] | None = None
+    maps: Float[Array | np.ndarray, "T h w"],
+    wanted: Bool[Array | np.ndarray, "T"] | None = None,
+    clip_negative: bool = True,
 ) -> Float[Array, "h w"]:
-    """The maps of a target's tokens as one: their product, cell by cell, negative values as 0 (FOCUS, Figure 7).
+    """The maps of a target's tokens as one: their product, cell by cell (FOCUS Eq. 3, Figure 7).
 
+    Each is divided by its sum first, which turns over the signs of one whose sum is negative; the size of a divisor
+    does not matter.
     wanted: which of the maps count (default: all).
+    clip_negative: whether negative values of a map so divided are 0; otherwise cells may be negative.
 
-    Returns float32 [h, w] of sum 1. From the first token on that would leave no cell, tokens are left out; where that
-    is the first, the map is even.
+    Returns float32 [h, w], whose absolute values sum to 1. From the first token on that would leave no cell, tokens are
+    left out; where that is the first, the map is even.
     """
     wanted = jnp.ones(len(maps), bool) if wanted is None else wanted
 
     def multiply(state, item):
         product, going = state
         heat, counts = item
-        new = product * jnp.maximum(heat.astype(jnp.float32), 0.0)
-        top = new.max()
+        heat = heat.astype(jnp.float32) * jnp.where(heat.sum() < 0, -1.0, 1.0)
+        new = product * (jnp.maximum(heat, 0.0) if clip_negative else heat)
+        top = jnp.abs(new).max()
         going &= (top > 0) | ~counts
         return (jnp.where(counts & going, new / jnp.where(top > 0, top, 1.0), product), going), None
 
-    (product, _), _ = jax.lax.scan(multiply, (jnp.ones(maps.shape[1:]), jnp.array(True)), (maps, wanted))
-    return product / product.sum()
+    state = jnp.ones(maps.shape[1:]), jnp.array(True)
+    (product, _), _ = jax.lax.scan(multiply, state, (jnp.asarray(maps), wanted))
+    return product / jnp.abs(product).sum()

@@ -8,7 +8,7 @@ from PIL import Image
 
 from jaxvqa.errors import UserError
 from jaxvqa.images import CLIP_MEAN_COLOUR, ImageError, pad_to_square
-from jaxvqa.regions.canvas import close_up, compose, paste
+from jaxvqa.regions.canvas import close_up, compose, highlight, paste
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255)]
 
@@ -185,3 +185,27 @@ def test_a_close_up_is_moved_in_on_the_left_and_cut_on_the_right():
     assert close_up(image, (0, 0, 20, 20), 336).size == (336, 336)
     assert close_up(image, (980, 490, 1000, 510), 336).size == (178, 336)
     assert close_up(picture((50, 30), []), (0, 0, 10, 10), 336).size == (50, 50)
+
+
+# Outlines.
+
+
+def test_an_outline_lies_outside_its_box_and_hides_nothing_in_it():
+    """240 pixels wide: a line of 2."""
+    image = picture((240, 100), [(10, 20, 30, 60)])
+    shown = highlight(image, [(10, 20, 30, 60)])
+    expected = np.zeros((100, 240, 3), np.uint8)
+    expected[18:62, 8:32] = (255, 0, 0)
+    np.testing.assert_array_equal(np.asarray(shown), expected)
+    assert image.getpixel((9, 30)) == (0, 0, 0), "the image itself is left as it is"
+    inside = highlight(image, [(10, 20, 30, 60)], "blue")
+    assert inside.getpixel((8, 18)) == inside.getpixel((31, 61)) == (0, 0, 255)
+    assert inside.getpixel((10, 20)) == inside.getpixel((29, 59)) == COLOURS[0]
+    assert inside.getpixel((7, 30)) == inside.getpixel((32, 30)) == (0, 0, 0)
+
+
+def test_at_the_border_an_outline_moves_into_its_box():
+    shown = highlight(picture((240, 100), []), [(0, 0, 240, 100), (100, 99.4, 120, 200)])
+    assert shown.getpixel((0, 50)) == shown.getpixel((239, 98)) == (255, 0, 0)
+    assert shown.getpixel((2, 50)) == (0, 0, 0)
+    assert highlight(picture((20, 20), []), [(5, 5, 10, 10)]).getpixel((4, 4)) == (255, 0, 0), "at least a pixel wide"

@@ -8,10 +8,21 @@ from hypothesis import strategies as st
 
 from jaxvqa.transforms.value_similarity import relevance, value_similarity
 
+# As methods run them; a scan outside of a program would compile at every call.
+value_similarity = jax.jit(value_similarity, static_argnames="norm")
+relevance = jax.jit(relevance, static_argnames="clip_negative")
+
 # Two layers, six tokens, two heads of size 2: each value is a unit vector at this angle (degrees). 0-3 are the image.
 ANGLES = {
     "A": ((0, 30, 60, 90, 0, 45), (0, 0, 90, 180, 30, 90)),
     "B": ((10, 20, 30, 40, 20, 30), (0, 90, 45, 0, 0, 60)),
+}
+# Of tokens 4 and 5, divided by its sum.
+TOKENS = {
+    ("A", "row"): ((0.5, 0.464102, 0.267949, -0.232051), (0.1627, 0.222253, 0.452346, 0.1627)),
+    ("A", "column"): ((1.239627, 1.006853, 0.562307, -1.808787), (0.129994, 0.155387, 0.305918, 0.408702)),
+    ("AB", "row"): ((0.388178, 0.289137, 0.261109, 0.061576), (0.190252, 0.250582, 0.365290, 0.193877)),
+    ("AB", "column"): ((0.545152, 0.392009, 0.322676, -0.259837), (0.165130, 0.224189, 0.288269, 0.322411)),
 }
 RELEVANCE = {
     ("A", "row"): (0.266108, 0.337411, 0.396481, 0),
@@ -33,8 +44,13 @@ def random_values(seed: int) -> np.ndarray:
 @pytest.mark.parametrize(("layers", "norm"), RELEVANCE)
 def test_maps_are_those_worked_out_by_hand(layers, norm):
     maps = value_similarity(values_at(layers), np.array([4, 5]), np.ones(6, bool), norm)
-    found = relevance(maps[:, :4].reshape(2, 2, 2)).reshape(4)
+    image = np.asarray(maps)[:, :4]
+    np.testing.assert_allclose(image / image.sum(1, keepdims=True), TOKENS[layers, norm], atol=2e-6)
+    found = relevance(image.reshape(2, 2, 2)).reshape(4)
     np.testing.assert_allclose(found, RELEVANCE[layers, norm], atol=2e-6)
+    kept = np.prod(TOKENS[layers, norm], axis=0)
+    found = relevance(image.reshape(2, 2, 2), clip_negative=False).reshape(4)
+    np.testing.assert_allclose(found, kept / np.abs(kept).sum(), atol=2e-6)
 
 
 @given(st.integers(0, 99), st.sampled_from(["row", "column"]))
@@ -84,10 +100,24 @@ def test_tokens_that_do_not_count_are_left_out():
 
 def test_a_token_that_leaves_no_cell_ends_the_product():
     first, second = np.array([[[4, 0], [0, 1]], [[1, 1], [1, 3]]], np.float32)
-    nothing, last = -np.ones((2, 2), np.float32), np.array([[0, 0], [0, 1]], np.float32)
+    nothing, last = np.zeros((2, 2), np.float32), np.array([[0, 0], [0, 1]], np.float32)
     expected = np.array([[4, 0], [0, 3]]) / 7
     np.testing.assert_allclose(relevance(np.stack([first, second, nothing, last])), expected, rtol=1e-6)
     np.testing.assert_allclose(relevance(nothing[None]), np.full((2, 2), 0.25))
+
+
+@given(st.lists(st.floats(-2, 2, width=32), min_size=12, max_size=12), st.booleans())
+def test_each_map_is_divided_by_its_sum_before_negative_values_are_cut(drawn, clip):
+    """A sum below zero turns a map over: the pseudocode's division."""
+    maps = np.array(drawn, np.float64).reshape(3, 2, 2)
+    sums = maps.sum((1, 2), keepdims=True)
+    if (np.abs(sums) < 1e-3).any():
+        return
+    divided = maps / sums
+    expected = np.prod(np.maximum(divided, 0) if clip else divided, axis=0)
+    if np.abs(expected).max() > 1e-6:
+        found = relevance(maps.astype(np.float32), clip_negative=clip)
+        np.testing.assert_allclose(found, expected / np.abs(expected).sum(), atol=1e-5)
 
 
 def test_it_can_be_batched():
