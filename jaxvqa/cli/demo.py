@@ -1,8 +1,8 @@
-"""Run the unmodified model and ViCrop side by side on bundled scenes: the main job, in a minute.
+"""Run the unmodified model and the methods side by side on bundled scenes: the main job, in two minutes.
 
 The scenes are drawn on the spot from seeds that no training has seen. Each shows plates with a character that is too
-small to read when the scene is seen whole; ViCrop finds the plate by the model's own attention and crops to it.
-Writes a picture with heat map and boxes per question and one HTML page; prints where they are.
+small to read when the scene is seen whole; the methods find the plate from inside the model and crop to it, or attend
+to it more. Writes a picture with heat map and boxes per question and method, and one HTML page; prints where they are.
 
 Example: jaxvqa demo --out ./jaxvqa-demo --samples 8
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from jaxvqa.bundled import SPECKS_LLAVA
 from jaxvqa.cli.ask import summary
-from jaxvqa.cli.output import box_text, error_text, mark, progress, shortened, table
+from jaxvqa.cli.output import error_text, mark, progress, shortened, table
 from jaxvqa.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +25,13 @@ if TYPE_CHECKING:
     from jaxvqa.requests import Answer, Sample
 
 # The unmodified model answers ViCrop's own prompt, so that the two differ in the crop alone.
-METHODS = {"vanilla": {"template": "vicrop_hf", "max_new_tokens": 20}, "vicrop": {}}
+METHODS = {
+    "vanilla": {"template": "vicrop_hf", "max_new_tokens": 20},
+    "vicrop": {},
+    "hiperson": {"max_new_tokens": 96},  # its reply has at most 80 here
+    "focus": {},
+    "cof": {},
+}
 SEED = 20261120  # of the demo's scenes alone
 MAX_SAMPLES = 1000
 
@@ -55,13 +61,13 @@ def run(args: argparse.Namespace) -> int:
         answers[method] = list(jaxvqa.ask_many(vlm, samples, method=method, **options))
     seconds = time.perf_counter() - start
 
-    pictures = write_pictures(out, samples, answers["vicrop"])
+    pictures = write_pictures(out, samples, answers)
     page = write_page(out, vlm.name, samples, answers, seconds)
     if args.json:
         print(json.dumps(record(vlm.name, page, samples, answers, pictures)))
     else:
         print(f"{questions_table(samples, answers)}\n\n{methods_table(samples, answers)}")
-        print(f"\nPictures with heat map, crop and plate: {out}/*.png\nEverything on one page: {page}")
+        print(f"\nPictures with heat map, boxes and plate: {out}/*.png\nEverything on one page: {page}")
     failed = [answer.error for method in METHODS for answer in answers[method] if answer.error is not None]
     for error in failed:
         progress(f"jaxvqa: a sample failed: {error_text(error)}")
@@ -76,20 +82,19 @@ def held_out(count: int) -> "list[Sample]":
 
 
 def questions_table(samples: "Sequence[Sample]", answers: "dict[str, list[Answer]]") -> str:
-    """A line per question: the truth, each method's answer with its mark and passes, and where it looked."""
+    """A line per question: the truth, each method's answer with its mark, and all passes."""
     from jaxvqa.specks.evaluation import right
 
     rows = []
     for sample, *given in zip(samples, *answers.values(), strict=True):
         cells = [f"{shortened(answer.text)} {mark(right(answer, sample))}" for answer in given]
-        boxes = "; ".join(box_text(box) for answer in given for box in answer.boxes.tolist())
         passes = " / ".join(str(answer.forward_passes.total) for answer in given)
-        rows.append((sample.id, sample.question, sample.answer, *cells, boxes, passes))
-    return table(("", "question", "truth", *answers, "box", "passes"), rows)
+        rows.append((sample.id, sample.question, sample.answer, *cells, passes))
+    return table(("", "question", "truth", *answers, "passes"), rows)
 
 
 def methods_table(samples: "Sequence[Sample]", answers: "dict[str, list[Answer]]") -> str:
-    """A line per method: right answers, crops that hold the plate, passes per question."""
+    """A line per method: right answers, boxes that hold the plate, passes per question."""
     from jaxvqa.geometry import covers
     from jaxvqa.specks.evaluation import right
 
@@ -98,20 +103,25 @@ def methods_table(samples: "Sequence[Sample]", answers: "dict[str, list[Answer]]
         pairs = list(zip(given, samples, strict=True))
         correct = sum(right(answer, sample) for answer, sample in pairs)
         held = [
-            covers(answer.boxes[0].tolist(), sample.box) for answer, sample in pairs if sample.box and len(answer.boxes)
+            any(covers(box, sample.box) for box in answer.boxes.tolist())
+            for answer, sample in pairs
+            if sample.box and len(answer.boxes)
         ]
         passes = sum(answer.forward_passes.total for answer in given) / len(given)
         rows.append(
-            (method, f"{correct} of {len(pairs)}", f"{sum(held)} of {len(held)}" if held else "", f"{passes:g}")
+            (method, f"{correct} of {len(pairs)}", f"{sum(held)} of {len(held)}" if held else "", f"{passes:.3g}")
         )
-    return table(("method", "right", "crop holds the plate", "passes per question"), rows)
+    return table(("method", "right", "box holds the plate", "passes per question"), rows)
 
 
-def write_pictures(out: Path, samples: "Sequence[Sample]", answers: "Sequence[Answer]") -> list[Path]:
-    """One PNG per sample: heat map, the crop (first colour) and the plate asked for (second)."""
-    paths = [out / f"{sample.id}.png" for sample in samples]
-    for path, sample, answer in zip(paths, samples, answers, strict=True):
-        _evidence(sample, answer).save(path)
+def write_pictures(out: Path, samples: "Sequence[Sample]", answers: "dict[str, list[Answer]]") -> list[dict[str, Path]]:
+    """For each sample a PNG per method that looked: heat map, its boxes (cyan), the plate asked for (green)."""
+    paths = []
+    for number, sample in enumerate(samples):
+        looked = {method: given[number] for method, given in answers.items() if _looked(given[number])}
+        paths.append({method: out / f"{sample.id}-{method}.png" for method in looked})
+        for method, path in paths[-1].items():
+            _evidence(sample, looked[method]).save(path)
     return paths
 
 
@@ -129,6 +139,7 @@ def write_page(
         ("questions", str(len(samples))),
         ("device", device.device_kind),
         ("time, compilation included", f"{seconds:.0f} s"),
+        ("seconds of an answer", "from its start, in a batch, compilation included"),
     ]
     entries = [_entry(sample, given) for sample, *given in zip(samples, *answers.values(), strict=True)]
     page = out / "index.html"
@@ -137,7 +148,11 @@ def write_page(
 
 
 def record(
-    model: str, page: Path, samples: "Sequence[Sample]", answers: "dict[str, list[Answer]]", pictures: Sequence[Path]
+    model: str,
+    page: Path,
+    samples: "Sequence[Sample]",
+    answers: "dict[str, list[Answer]]",
+    pictures: Sequence[dict[str, Path]],
 ) -> dict[str, object]:
     """What `--json` prints."""
     from jaxvqa.specks.evaluation import right
@@ -155,10 +170,10 @@ def record(
                 "question": sample.question,
                 "answer": sample.answer,
                 "box": sample.box,
-                "picture": str(picture),
+                "pictures": {method: str(path) for method, path in paths.items()},
                 "methods": [summary(answer) | {"right": right(answer, sample)} for answer in given],
             }
-            for sample, picture, *given in zip(samples, pictures, *answers.values(), strict=True)
+            for sample, paths, *given in zip(samples, pictures, *answers.values(), strict=True)
         ],
     }
 
@@ -168,25 +183,27 @@ def _entry(sample: "Sample", answers: "Sequence[Answer]") -> "Entry":
     from jaxvqa.report.page import Entry, Outcome
     from jaxvqa.specks.evaluation import right
 
-    looked = answers[-1]
-    pictures = [
-        ("heat map of the search, the crop (cyan), the plate asked for (green)", _evidence(sample, looked)),
-        ("the scene", sample.image),
-    ]
-    if len(looked.boxes):
-        pictures.append(("the crop, shown to the model beside the scene", crop(sample.image, looked.boxes[0])))
+    pictures = [("the scene", sample.image)]
+    for answer in filter(_looked, answers):
+        pictures.append((f"{answer.method}: heat map, boxes (cyan), the plate (green)", _evidence(sample, answer)))
+        pictures += [(f"{answer.method}: what the box holds", crop(sample.image, box)) for box in answer.boxes[:1]]
     outcomes = [
         Outcome(
             answer.method,
             answer.text,
             right(answer, sample),
             answer.forward_passes.total,
+            answer.seconds,
             tuple(map(tuple, answer.boxes.tolist())),
             "" if answer.error is None else error_text(answer.error),
         )
         for answer in answers
     ]
     return Entry(f"Question {int(sample.id)}", sample.question, tuple(pictures), tuple(outcomes), sample.answer)
+
+
+def _looked(answer: "Answer") -> bool:
+    return answer.heatmap is not None or len(answer.boxes) > 0
 
 
 def _evidence(sample: "Sample", answer: "Answer"):

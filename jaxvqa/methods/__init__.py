@@ -30,6 +30,7 @@ BUILTIN = {
     "random_crop": "jaxvqa.methods.controls:RandomCrop",
     "rival_crop": "jaxvqa.methods.controls:RivalCrop",
     "other_map": "jaxvqa.methods.controls:OtherMap",
+    "truth_map": "jaxvqa.methods.controls:TruthMap",
     "truth_crop": "jaxvqa.methods.controls:TruthCrop",
     "mask_reweight": "jaxvqa.methods.controls:MaskReweight",
 }

@@ -7,7 +7,6 @@ sample that lacks what a control needs is a UserError.
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -18,13 +17,16 @@ from jaxvqa.geometry import Geometry, covers
 from jaxvqa.images import crop
 from jaxvqa.methods import Facts, check_choice, fill
 from jaxvqa.methods.cof import check_layers, check_strength, reweighted
+from jaxvqa.methods.focus import Focus
+from jaxvqa.methods.hiperson import HiPerson
+from jaxvqa.methods.targets import Target
 from jaxvqa.methods.vanilla import Vanilla
 from jaxvqa.methods.vicrop import Vicrop
 from jaxvqa.prompts import MARKER
 from jaxvqa.requests import Answer, Sample
 from jaxvqa.typing import Float
 
-VANILLA, VICROP = Vanilla(), Vicrop()
+VANILLA, VICROP, FOCUS = Vanilla(), Vicrop(), Focus()
 
 Box = tuple[float, float, float, float]
 
@@ -58,7 +60,7 @@ class RandomCrop:
 
     name: ClassVar[str] = "random_crop"
 
-    like: Vicrop = VICROP
+    like: Vicrop | HiPerson = VICROP
     """The search whose crop size is taken."""
     seed: int = 0
     """With the sample's id, decides the place."""
@@ -68,7 +70,7 @@ class RandomCrop:
 
     def __call__(self, sample: Sample) -> Generator[Any, Any, Answer]:
         (x1, y1, x2, y2), _, _ = yield from self.like.locate(sample)
-        u, v = random(sample, self.seed).random(2)
+        u, v = sample.random(self.seed).random(2)
         (W, H), w, h = sample.image.size, x2 - x1, y2 - y1
         box = (u * (W - w), v * (H - h), u * (W - w) + w, v * (H - h) + h)
         reply = yield from self.like.answer(sample, box)
@@ -85,7 +87,7 @@ class RivalCrop:
 
     name: ClassVar[str] = "rival_crop"
 
-    like: Vicrop = VICROP
+    like: Vicrop | HiPerson = VICROP
     """The method whose crop size and prompt are taken."""
     seed: int = 0
     """With the sample's id, decides which rival."""
@@ -102,7 +104,7 @@ class RivalCrop:
         crops = [box for box in crops if not any(covers(box, target) for target in sample.boxes)]
         if not crops:
             raise UserError(f"rival_crop: sample {sample.id!r} has no rival whose crop leaves the targets out")
-        box = crops[random(sample, self.seed).integers(len(crops))]
+        box = crops[sample.random(self.seed).integers(len(crops))]
         reply = yield from self.like.answer(sample, box)
         return Answer(reply.text, boxes=np.array([box]))
 
@@ -116,7 +118,7 @@ class OtherMap:
 
     name: ClassVar[str] = "other_map"
 
-    like: Vicrop = VICROP
+    like: Vicrop | HiPerson = VICROP
     """The search; the real question is asked in the end."""
 
     def bind(self, facts: Facts, preset: dict[str, Any]) -> "OtherMap":
@@ -131,6 +133,39 @@ class OtherMap:
 
 
 @dataclass(frozen=True)
+class TruthMap:
+    """Control: FOCUS with the ground truth's map in place of its own.
+
+    What its proposals, their verification and its final view are worth when the map is right.
+    """
+
+    name: ClassVar[str] = "truth_map"
+
+    like: Focus = FOCUS
+    """The method whose map is replaced."""
+
+    def bind(self, facts: Facts, preset: dict[str, Any]) -> "TruthMap":
+        bound = methods.bind(self.like, facts)
+        return replace(self, like=_TruthFocus(**{name: getattr(bound, name) for name in methods.method_options(bound)}))
+
+    def __call__(self, sample: Sample) -> Generator[Any, Any, Answer]:
+        truth(sample, self.name)
+        return (yield from self.like(sample))
+
+
+class _TruthFocus(Focus):
+    def maps(
+        self, sample: Sample, targets: tuple[Target, ...], view: Geometry
+    ) -> Generator[Any, Any, list[np.ndarray]]:
+        """Each target's box, in the order in which the question names them; all boxes where their numbers differ."""
+        yield from ()
+        cells = np.array([view.cells_of_box(box) for box in sample.boxes], np.float32)
+        one_each = len(cells) == len(targets) and not any(target.every for target in targets)
+        found = cells if one_each else np.repeat(cells.max(0)[None], len(targets), 0)
+        return list(found / found.sum((1, 2), keepdims=True))
+
+
+@dataclass(frozen=True)
 class TruthCrop:
     """Control: a crop of ViCrop's smallest size around the ground truth (larger where that is).
 
@@ -139,7 +174,7 @@ class TruthCrop:
 
     name: ClassVar[str] = "truth_crop"
 
-    like: Vicrop = VICROP
+    like: Vicrop | HiPerson = VICROP
     """The method whose crop size is taken and, with both images, whose prompt."""
     images: Literal["both", "crop"] = "both"
     """What is shown: the image and the crop, as in ViCrop, or the crop in the image's place."""
@@ -209,7 +244,7 @@ class MaskReweight:
         if self.mask == "random":
             rows, columns = view.valid_ranges()
             seen = mask[slice(*rows), slice(*columns)]
-            seen[:] = np.roll(seen, random(sample, self.seed).integers(seen.shape), axis=(0, 1))
+            seen[:] = np.roll(seen, sample.random(self.seed).integers(seen.shape), axis=(0, 1))
         return mask.astype(np.float32)
 
 
@@ -218,12 +253,6 @@ def truth(sample: Sample, method: str) -> Box:
     if sample.box is None:
         raise UserError(f"{method}: sample {sample.id!r} has no ground-truth box")
     return sample.box
-
-
-def random(sample: Sample, seed: int) -> np.random.Generator:
-    """Random numbers that depend on the sample's id and the seed alone."""
-    digest = blake2b(f"{seed}/{sample.id}".encode(), digest_size=8).digest()
-    return np.random.default_rng(int.from_bytes(digest))
 
 
 def side_around(box: Box, base: float) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_SIDE = 1024  # pixels of a picture on the page; a 4K image would make the page megabytes and show no more
+MAX_SIDE, SMALL_SIDE = 1024, 448  # pixels of the pictures on the page: more would make it megabytes, and show no more
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Outcome:
     text: str
     correct: bool | None = None
     passes: int = 0
+    seconds: float = 0.0
     boxes: tuple[tuple[float, ...], ...] = ()
     note: str = ""
 
@@ -100,16 +101,16 @@ def _summary(entries: Sequence[Entry]) -> str:
 
 def _section(number: int, entry: Entry) -> str:
     figures = "".join(
-        f'<figure><img src="{data_uri(image)}" alt="{escape(caption)}" width="{image.width}" height="{image.height}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-        for caption, image in entry.pictures
+        f'<figure><img src="{data_uri(image, SMALL_SIDE if place else MAX_SIDE)}" alt="{escape(caption)}" '
+        f'width="{image.width}" height="{image.height}"><figcaption>{escape(caption)}</figcaption></figure>'
+        for place, (caption, image) in enumerate(entry.pictures)
     )
     expected = "" if entry.expected is None else f'<p class="expected">true answer <b>{escape(entry.expected)}</b></p>'
     return f"""<section id="sample-{number}">
 <h2><span>{escape(entry.name)}</span>{escape(entry.question)}</h2>
 {expected}
 <div class="pictures">{figures}</div>
-<table><thead><tr><th>method</th><th>answer</th><th></th><th>passes</th><th>box</th></tr></thead>
+<table><thead><tr><th>method</th><th>answer</th><th></th><th>passes</th><th>seconds</th><th>box</th></tr></thead>
 <tbody>{"".join(map(_row, entry.outcomes))}</tbody></table>
 </section>
 """
@@ -121,7 +122,7 @@ def _row(outcome: Outcome) -> str:
     note = f'<small class="wrong">{escape(outcome.note)}</small>' if outcome.note else ""
     return (
         f'<tr><th>{escape(outcome.method)}</th><td class="answer">{escape(outcome.text)}{note}</td>'
-        f"<td>{verdict}</td><td>{outcome.passes}</td><td>{boxes}</td></tr>"
+        f"<td>{verdict}</td><td>{outcome.passes}</td><td>{outcome.seconds:.1f}</td><td>{boxes}</td></tr>"
     )
 
 
@@ -155,12 +156,11 @@ section {
 }
 .expected { margin: .25rem 0 0; font-size: .9375rem; }
 .expected b { color: var(--ink); }
-.pictures { display: grid; grid-template-columns: 2fr 1fr; gap: 1rem; margin: 1.25rem 0; align-items: start; }
+.pictures { display: grid; grid-template-columns: repeat(4, 1fr); gap: 1rem; margin: 1.25rem 0; align-items: start; }
 figure { margin: 0; min-width: 0; }
-figure:first-child { grid-row: span 2; }
+figure:first-child { grid-area: span 2 / span 2; }
 @media (max-width: 40rem) {
   .pictures { grid-template-columns: 1fr 1fr; }
-  figure:first-child { grid-row: auto; grid-column: span 2; }
 }
 img { display: block; width: 100%; height: auto; border-radius: .375rem; }
 figcaption { margin-top: .375rem; }

@@ -24,12 +24,14 @@ from jaxvqa.methods.controls import (
     RandomCrop,
     RivalCrop,
     TruthCrop,
+    TruthMap,
     side_around,
     square_around,
 )
+from jaxvqa.methods.focus import Focus
 from jaxvqa.methods.vanilla import Vanilla
-from jaxvqa.methods.vicrop import Vicrop
-from jaxvqa.requests import Reading, Reply, Row
+from jaxvqa.methods.vicrop import MAPS, Vicrop
+from jaxvqa.requests import Gradient, Reading, Reply, Row
 from jaxvqa.taps import Edit, ReadSpec, Tap, Taps
 from tests.methods.driven import FACTS, PICTURE, SIZE, drive, picture, sample_of
 
@@ -49,6 +51,19 @@ def searched(method, sample, question_map, size=SIZE):
     """`drive` through ViCrop's search, against made-up maps."""
     view = for_pad(*size, 336, GRID)
     return drive(method, sample, [Reading(question_map, (view,)), Reading(FLAT, (view,))], Reply("42", (1,)))
+
+
+KINDS = [*MAPS, *(f"{name}_high" for name in MAPS)]
+
+
+def of_kind(maps, sample, question_map):
+    """ViCrop with other maps, in tiles of 350 x 250 where they are "_high", and the results of its search."""
+    like = methods.bind(Vicrop(maps, tile=300), FACTS)
+    rows, columns, size = like.split(sample.image.size)
+    kind, view = maps.removesuffix("_high"), for_pad(*size, 336, GRID)
+    found = question_map if kind != "pure_grad" else np.kron(question_map, np.ones((14, 14), np.float32))
+    one = [Reading(found, (view,))] + [Reading(np.ones_like(found), (view,))] * (kind != "grad_att")
+    return like, one * (rows * columns)
 
 
 def box_in(size):
@@ -94,6 +109,18 @@ def test_random_crops_differ_between_samples_and_seeds():
         for seed in (0, 1)
     }
     assert len(found) == 4
+
+
+@pytest.mark.parametrize("maps", KINDS)
+def test_a_random_crop_has_the_size_of_every_kind_of_maps_crop(maps):
+    sample = sample_of()
+    like, results = of_kind(maps, sample, spike(12, 20))
+    (search, _), theirs = drive(like, sample, results, Reply("42", ()))
+    (asked, final), mine = drive(RandomCrop(like), sample, results, Reply("42", ()))
+    assert [request.prompt for request in asked] == [request.prompt for request in search]
+    width, height = np.ptp(theirs.boxes.reshape(2, 2), axis=0)
+    np.testing.assert_allclose(np.ptp(mine.boxes.reshape(2, 2), axis=0), (width, height), atol=1e-3)
+    assert (mine.boxes != theirs.boxes).any() and final.images[0] is PICTURE
 
 
 # ---- crops of the ground truth and of a rival ----
@@ -182,6 +209,24 @@ def test_the_other_map_is_that_of_the_other_question_and_the_answer_that_of_the_
     _, theirs = searched(VICROP, sample, spike(12, 20))
     np.testing.assert_array_equal(answer.boxes, theirs.boxes)
     np.testing.assert_array_equal(answer.grid, spike(12, 20))
+
+
+@pytest.mark.parametrize("maps", KINDS)
+def test_the_other_map_is_of_every_kind_and_of_the_other_question(maps):
+    """Options are the real question's, and in the last prompt alone."""
+    sample = sample_of(question="What is on the red plate?", other="Where is the dog?", options=("an A", "a B"))
+    like, results = of_kind(maps, sample, spike(12, 20))
+    (search, final), answer = drive(OtherMap(like), sample, results, Reply("42", ()))
+    times = len(search) // like.split(PICTURE.size)[0] // like.split(PICTURE.size)[1]
+    texts = ["Where is the dog?", jaxvqa.prompts.GENERAL_QUESTION][:times]
+    assert [request.prompt.text for request in search[:times]] == [like.prompt(text, 1).text for text in texts]
+    assert times == (1 if "grad_att" in maps else 2)
+    assert all(isinstance(request, Gradient) == ("grad" in maps) for request in search)
+    assert "red plate?\n(A) an A\n(B) a B\n" in final.prompt.text
+    (_, theirs), plain = drive(like, sample, results, Reply("42", ()))
+    np.testing.assert_array_equal(answer.boxes, plain.boxes)
+    np.testing.assert_array_equal(answer.grid, plain.grid)
+    assert final.prompt == theirs.prompt
 
 
 # ---- reweighting ----
@@ -369,3 +414,15 @@ def test_blind_answers_alike_whatever_the_image_and_encodes_none(vlm):
     texts, engine = replies(vlm, samples, Blind(Vanilla(max_new_tokens=6)))
     assert len(set(texts)) == 1 and engine.stats.rows["images"] == 0
     assert len(set(replies(vlm, samples, Vanilla(max_new_tokens=6))[0])) > 1
+
+
+def test_the_ground_truths_map_leads_focus_to_the_boxes_in_the_order_of_its_targets():
+    sample = sample_of(question="What is on the cup and the hat?", boxes=((30, 40, 60, 70), (300, 200, 330, 230)))
+    like = Focus(targets=("cup", "hat"), n_steps=1, overrun=False)
+    asked, answer = drive(methods.bind(TruthMap(like), FACTS), sample, Reply("42", (1,)))
+    assert answer.text == "42" and len(asked) == 1, "no pass for a map, no region verified"
+    assert len(answer.boxes) == 2
+    for box, truth in zip(answer.boxes, sample.boxes, strict=True):
+        assert covers(box, truth)
+    with pytest.raises(UserError, match="no ground-truth box"):
+        drive(methods.bind(TruthMap(like), FACTS), sample_of())

@@ -45,8 +45,8 @@ def entries() -> list[Entry]:
     picture = Image.new("RGB", (64, 48), "teal")
     outcomes = (
         Outcome("vanilla", "K", False, 1),
-        Outcome("vicrop", "7", True, 3, ((10.4, 20.0, 30.6, 40.0),)),
-        Outcome("mine", "", None, 2, note="nothing found"),
+        Outcome("vicrop", "7", True, 3, 1.5, ((10.4, 20.0, 30.6, 40.0),)),
+        Outcome("mine", "", None, 2, 1.5, note="nothing found"),
     )
     return [Entry("first", "Which sign?", (("the scene", picture), ("the crop", picture)), outcomes, "7")]
 
