@@ -59,6 +59,13 @@ def difference(
     return Difference((gained - lost) / n, max(-1.0, middle - spread), min(1.0, middle + spread))
 
 
+def wilson(hits: int, count: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval for a share of which `hits` of `count` were seen."""
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    middle, spread = hits + z**2 / 2, z * sqrt(hits * (count - hits) / count + z**2 / 4)
+    return (middle - spread) / (count + z**2), (middle + spread) / (count + z**2)
+
+
 def gap_closed(method: float, random_crop: float, truth_crop: float) -> float:
     """Share of the gap from a random crop's accuracy to the ground-truth crop's that a method closes.
 

@@ -22,6 +22,7 @@ from jaxvqa.specks.evaluation import (
     peak_in,
     reading_samples,
     right,
+    wilson,
 )
 
 SIZE, GRID = (40, 30), (3, 5)  # cells of 8 x 10 pixels
@@ -205,3 +206,11 @@ def test_a_rival_beside_the_target_is_no_miss():
     heatmap = np.zeros((1, *GRID))
     heatmap[0, 0, 1] = 1
     assert map_quality(heatmap, [sample], SIZE)[:3:2] == (1, 0)
+
+
+def test_wilsons_interval_is_where_the_share_lies_as_far_away_as_its_own_error_allows():
+    for hits, count in ((0, 20), (3, 20), (20, 20), (88, 200)):
+        for end in wilson(hits, count):
+            assert abs(hits / count - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / count), abs=1e-6)
+    low, high = wilson(88, 200)
+    assert low < 0.44 < high
