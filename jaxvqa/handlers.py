@@ -176,8 +176,11 @@ def _prefill(params, config, batch, plugins, taps_args, reduce_args, *, capacity
     row, run = laid_out(config, batch, capacity)
     taps_args, reduce_args = split((taps_args, reduce_args))
     taps = Taps() if build is None else _batch_second(jax.vmap(build)(row, *taps_args))
+    plugins = tuple(replace(p, carry=jax.vmap(p.begin)(row, *taps_args)) if p.begin else p for p in plugins)
     out = run(params, taps=taps, spec=spec, plugins=plugins, backend=backend)
     value = None if reduce is None else jax.vmap(reduce)(seen(row, out), *reduce_args)
+    if plugins and plugins[0].end:
+        value = jax.vmap(plugins[0].end)(out.plugins[0].carry)
     # A pass that stopped early has no logits; of any other, bad hidden states show there.
     finite = jnp.isfinite(out.logits).all(axis=1) if out.logits.shape[1] else jnp.isfinite(out.hidden).all(axis=(1, 2))
     return out, taps.edits, value, finite
@@ -501,7 +504,7 @@ class PromptHandler:
         batch, args = self.batch(vlm, works, size), stacked([work.data.args for work in padded(works, size)])
         with vlm.on_mesh():
             result = _prefill(
-                vlm.params, vlm.config, batch, plugins, args if build else (), args if reduce else (),
+                vlm.params, vlm.config, batch, plugins, () if reduce else args, args if reduce else (),
                 capacity=capacity, spec=spec, build=build, reduce=reduce, backend=vlm.attention,
             )  # fmt: skip
         return vlm, result
@@ -525,8 +528,10 @@ class Sampling:
         return cls(request.max_new_tokens, request.temperature > 0, request.temperature, request.keep)
 
 
-def _generate(engine, model: str, size: int, output: Output, edits, sampling: Sampling, rows: "list[_Said]"):
-    """Decode after `output`; `rows` says what each row has already said."""
+def _generate(
+    engine, model: str, size: int, output: Output, edits, sampling: Sampling, rows: "list[_Said]", value: Any = None
+):
+    """Decode after `output`; `rows` says what each row has already said, `value` is for the replies."""
     _, vlm = engine.model(model)
     seeds = np.array(padded([(engine.seed, *row.seed) for row in rows], size), np.uint32)
     with vlm.on_mesh():
@@ -537,14 +542,15 @@ def _generate(engine, model: str, size: int, output: Output, edits, sampling: Sa
             backend=vlm.attention,
         )  # fmt: skip
         kept = _unstack(decoded.cache, None) if sampling.keep else repeat(None)
-    answer = decoded.ids, decoded.count, decoded.finite
+    answer = decoded.ids, decoded.count, decoded.finite, value
 
     def collect():
-        ids, count, finite = jax.device_get(answer)
+        ids, count, finite, values = jax.device_get(answer)
+        values = [jax.tree.map(lambda x, i=i: x[i], values) for i in range(len(rows))]
         engine.stats.flops += size * _decode_flops(vlm, max(len(row.ids) for row in rows), int(count.max()) - 1)
         return [
-            _reply(model, vlm, row, ids[i, : count[i]].tolist(), mine) if finite[i] else not_finite(vlm)
-            for i, (row, mine) in enumerate(zip(rows, kept, strict=False))
+            _reply(model, vlm, row, ids[i, : count[i]].tolist(), mine, value) if finite[i] else not_finite(vlm)
+            for i, (row, mine, value) in enumerate(zip(rows, kept, values, strict=False))
         ]
 
     return collect
@@ -577,13 +583,13 @@ class State:
         return self.kept.nbytes
 
 
-def _reply(model: str, vlm: VLM, row: _Said, ids: list[int], kept: Kept | None) -> Reply:
+def _reply(model: str, vlm: VLM, row: _Said, ids: list[int], kept: Kept | None, value: Any = None) -> Reply:
     """A row's generated tokens as a reply, cut at the end of text and before the first stop string."""
     count, cached = len(ids), len(row.ids) + len(ids) - 1
     ids = ids[:-1] if ids[-1] in vlm.eos_ids else ids
     text, ids = vlm.text(ids, row.stop), _before_stop(vlm, ids, row.stop)
     if kept is None:
-        return Reply(text, tuple(ids), count)
+        return Reply(text, tuple(ids), count, value=value)
     said = np.concatenate([row.ids, np.array(ids, np.int32)])
     return Reply(text, tuple(ids), count, State(model, said, row.images, kept, min(cached, len(said))))
 
@@ -618,9 +624,9 @@ class GenerateHandler(PromptHandler):
         sampling, build, plugin = key.static
         plugins = () if plugin.value is None else (plugin.value,)
         capacity = key.length + sampling.max_new_tokens
-        _, (out, edits, _, _) = self.prefill(engine, works, size, capacity=capacity, build=build, plugins=plugins)
+        _, (out, edits, value, _) = self.prefill(engine, works, size, capacity=capacity, build=build, plugins=plugins)
         rows = [_Said(d.tokens.ids, len(d.features), d.seed, d.extra) for d in (work.data for work in works)]
-        return _generate(engine, key.model, size, out, edits, sampling, rows)
+        return _generate(engine, key.model, size, out, edits, sampling, rows, value)
 
 
 def _answering(work: Work, vlm: VLM, length: int) -> Work:

@@ -147,7 +147,7 @@ class Generate(_Prompted):
     taps: Callable | None = None
     """Module-level function `taps(row, *args) -> Taps` of this sample alone (no batch axis), run on the device."""
     args: tuple[Any, ...] = ()
-    """Arrays for `taps`."""
+    """Arrays for `taps` and for the plugin's `begin`."""
     plugin: Plugin | None = None
 
 
@@ -264,6 +264,8 @@ class Reply:
     """How many tokens were generated: those, too."""
     state: Any = field(default=None, repr=False, compare=False)
     """The engine's own, where the request said `keep`."""
+    value: Any = field(default=None, repr=False, compare=False)
+    """What the plugin's `end` gave, as NumPy arrays."""
 
 
 @dataclass(frozen=True, eq=False)

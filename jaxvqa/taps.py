@@ -144,3 +144,8 @@ class Plugin:
     cuts: tuple[int, ...] = field(metadata={"static": True})
     params: Any = None
     carry: Any = None
+    begin: Callable | None = field(default=None, metadata={"static": True})
+    """Module-level function `begin(row, *args) -> carry`, by which the engine makes the carry of one sample (of a
+    `requests.Row`, without the batch axis) before prefill, on the device. None: `carry` is the whole batch's."""
+    end: Callable | None = field(default=None, metadata={"static": True})
+    """Module-level function `end(carry) -> arrays` of one sample after prefill: what comes back as `Reply.value`."""

@@ -23,7 +23,7 @@ from jaxvqa.errors import JaxVQAError, UserError
 from jaxvqa.geometry import Geometry
 from jaxvqa.images import open_image, pad_to_square
 from jaxvqa.methods import Facts
-from jaxvqa.models import family_of
+from jaxvqa.models import family_of, fingerprint
 from jaxvqa.prompts import MARKER, TEMPLATES, ImageSlot, Prompt, Tokens, render, tokenise
 from jaxvqa.sharding import BATCH, constrain
 from jaxvqa.taps import Plugin, ReadSpec, Taps
@@ -106,7 +106,8 @@ class VLM(nnx.Module):
         config = self.config
         template = TEMPLATE_OF_SETUP[self.image_setup]
         view = "pad" if self.image_setup == "pad" else "crop" if self.image_processor.do_center_crop else "squash"
-        return Facts(self.name, config.decoder.num_layers, config.vision.image_size, config.grid, template, view)
+        depth, side, said = config.decoder.num_layers, config.vision.image_size, fingerprint(config)
+        return Facts(self.name, depth, side, config.grid, template, view, said)
 
     @property
     def max_length(self) -> int:

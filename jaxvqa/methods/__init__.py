@@ -26,6 +26,7 @@ BUILTIN = {
     "cof": "jaxvqa.methods.cof:Cof",
     "hiperson": "jaxvqa.methods.hiperson:HiPerson",
     "focus": "jaxvqa.methods.focus:Focus",
+    "vif": "jaxvqa.methods.vif:Vif",
     "blind": "jaxvqa.methods.controls:Blind",
     "random_crop": "jaxvqa.methods.controls:RandomCrop",
     "rival_crop": "jaxvqa.methods.controls:RivalCrop",
@@ -57,6 +58,8 @@ class Facts(NamedTuple):
     """Name of the prompt template that the model was trained with."""
     view: str = "pad"
     """How an image is laid into that square: a `geometry.Geometry.mode`, "pad", "crop" or "squash"."""
+    fingerprint: str = ""
+    """Of the model's configuration (`models.fingerprint`): tells what was trained for it."""
 
     def geometry(self, size: tuple[int, int]) -> "Geometry":
         """Where each image token of an image of `size` (W, H) looks."""

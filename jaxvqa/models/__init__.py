@@ -5,7 +5,10 @@ A family that answers (of `jaxvqa.VLM`) is a module with a config class (`from_h
 `image_flops`; one that matches (of `jaxvqa.Matcher`) has `specs`, `encode_image`, `match` and `gradcam`.
 """
 
+import dataclasses
+import json
 import sys
+from hashlib import sha256
 from types import ModuleType
 from typing import Any
 
@@ -27,3 +30,9 @@ def config_from_hf(hf: dict[str, Any]) -> Any:
 def family_of(config: Any) -> ModuleType:
     """The module that computes with `config`."""
     return sys.modules[type(config).__module__]
+
+
+def fingerprint(config: Any) -> str:
+    """A hash of a model's configuration: the same in every process, whatever the weights."""
+    said = json.dumps([type(config).__name__, dataclasses.asdict(config)], sort_keys=True)
+    return sha256(said.encode()).hexdigest()

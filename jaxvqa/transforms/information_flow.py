@@ -28,9 +28,8 @@ def information_flow(
     maps = maps.astype(jnp.float32)
     present = cells[..., 0] >= 0
     share = jnp.where(present, alpha / jnp.maximum(present.sum(-1, keepdims=True), 1), 0.0)
-    at = jnp.where(cells >= 0, cells, keys)  # beyond the axis: dropped
-    over_keys = jnp.zeros((*maps.shape[:-1], keys), jnp.float32)
-    over_keys = jnp.put_along_axis(over_keys, at, maps, axis=-1, inplace=False, mode="drop")
+    # One fused sum over the cells, which a mesh splits by batch; it would not know how to split a scatter.
+    over_keys = jnp.where(cells[..., None] == jnp.arange(keys), maps[..., None], 0.0).sum(-2)
     # An absent image is visible to no row.
     last = jnp.where(present, cells.max(-1), NEVER).astype(jnp.int32)
     return Mix(share[None], over_keys[None], last, None if rows is None else jnp.asarray(rows))
