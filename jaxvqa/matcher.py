@@ -148,14 +148,14 @@ class Matcher(nnx.Module):
 @functools.partial(jax.jit, static_argnums=3)
 def _match(params, config, pairs: Pairs, backend: str):
     pairs = jax.tree.map(lambda x: constrain(x, BATCH), pairs)
-    image = blip_itm.encode_image(params, config, pairs.pixels, backend=backend)
+    image = blip_itm.encode_images(params, config, pairs.pixels, backend=backend)
     return blip_itm.match(params, config, pairs.ids, pairs.lengths, image, backend=backend)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _gradcam(params, config, pairs: Pairs, layer: int, relu: str, backend: str):
     pairs = jax.tree.map(lambda x: constrain(x, BATCH), pairs)
-    image = blip_itm.encode_image(params, config, pairs.pixels, backend=backend)
+    image = blip_itm.encode_images(params, config, pairs.pixels, backend=backend)
     return blip_itm.gradcam(params, config, pairs.ids, pairs.lengths, image, layer, relu=relu, backend=backend)
 
 

@@ -116,7 +116,7 @@ def test_the_engine_gives_what_the_matcher_gives(vlm, matcher):
 @partial(jax.jit, static_argnames="layer")
 def match_gradient(params, config, pair, layer):
     """Encoded image, logits, probabilities and gradient of a layer."""
-    image = blip_itm.encode_image(params, config, pair.pixels)
+    image = blip_itm.encode_images(params, config, pair.pixels)
     return image, *blip_itm.match_gradient(params, config, pair.ids, pair.lengths, image, layer)
 
 
@@ -235,7 +235,7 @@ def test_flops_are_those_of_the_compiled_program(matcher):
     image, pixels = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 17, 192), (1, 32, 32, 3)))
     lengths = jnp.array([32])
     matched = jax.jit(lambda p, i, x: blip_itm.match(p, config, i, lengths, x, backend="xla")).lower(params, ids, image)
-    encoded = jax.jit(lambda p, x: blip_itm.encode_image(p, config, x, backend="xla")).lower(params, pixels)
+    encoded = jax.jit(lambda p, x: blip_itm.encode_images(p, config, x, backend="xla")).lower(params, pixels)
     for lowered, flops in ((matched, blip_itm.flops(config, 32)), (encoded, blip_itm.image_flops(config))):
         assert flops < lowered.compile().cost_analysis()["flops"] < 1.1 * flops
 

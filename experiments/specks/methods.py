@@ -24,7 +24,7 @@ import re
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from math import isnan
@@ -121,7 +121,7 @@ class Bench:
     def engine(self, batch_size: int | None = None) -> Engine:
         return Engine(self.models, batch_size=batch_size or self.batch_size)
 
-    def answers(self, method: Callable, questions: list[Sample]) -> tuple[list, Engine]:
+    def answers(self, method: Callable, questions: Sequence[Sample]) -> tuple[list, Engine]:
         """Answers; those to questions that lack what the method needs are errors. Any other error is raised."""
         engine = self.engine()
         answers = list(engine.run(questions, method))
@@ -132,18 +132,10 @@ class Bench:
             raise answers[0].error
         return answers, engine
 
-    def measure(self, method: Callable, questions: list[Sample]) -> dict:
+    def measure(self, method: Callable, questions: Sequence[Sample], timed: bool) -> dict:
         """What the tables show; `right` has None for a question that lacks what the method needs."""
         answers, engine = self.answers(method, questions)  # compiles, too
         asked = [(answer, q) for answer, q in zip(answers, questions, strict=True) if answer.error is None]
-        served = [q for _, q in asked[:SERVED]]
-        start = time.perf_counter()
-        list(self.engine().run(served, method))
-        throughput = len(served) / (time.perf_counter() - start)
-        peak = peak_memory()
-        timed = served[:TIMED]
-        list(self.engine(1).run(timed, method))  # compiles
-        latencies = [next(self.engine(1).run([q], method)).seconds for q in timed]
         found = [(answer.boxes, q.boxes) for answer, q in asked if len(answer.boxes) and q.boxes]
         held = [all(any(covers(box, b) for box in boxes) for b in targets) for boxes, targets in found]
         return {
@@ -153,11 +145,21 @@ class Bench:
             "share": statistics.fmean(area_share(boxes, (SIZE, SIZE)) for boxes, _ in found) if found else None,
             "passes": statistics.fmean(answer.forward_passes.total for answer, _ in asked),
             "flops": statistics.fmean(answer.cost.flops for answer, _ in asked),
-            "latency": statistics.median(latencies),
-            "throughput": throughput,
-            "peak_memory": peak,
+            **(self.times(method, [q for _, q in asked[:SERVED]]) if timed else {}),
             "physical": {"rows": dict(engine.stats.rows), "flops": engine.stats.flops},
         }
+
+    def times(self, method: Callable, questions: list[Sample]) -> dict:
+        """Throughput and latency, once everything for batches is compiled, and the peak of memory until then."""
+        for question in questions:
+            question.image.load()
+        start = time.perf_counter()
+        list(self.engine().run(questions, method))
+        throughput, peak = len(questions) / (time.perf_counter() - start), peak_memory()
+        timed = questions[:TIMED]
+        list(self.engine(1).run(timed, method))  # compiles
+        latency = statistics.median(next(self.engine(1).run([q], method)).seconds for q in timed)
+        return {"throughput": throughput, "latency": latency, "peak_memory": peak}
 
 
 def peak_memory() -> int:
@@ -176,7 +178,7 @@ def measure(name: str, strata: list[str], args: argparse.Namespace) -> dict[str,
     bench, rows = load(args), {}
     for stratum in strata:
         start = time.perf_counter()
-        rows[stratum] = bench.measure(ROWS[name], list(samples(stratum, args.split, args.questions)))
+        rows[stratum] = bench.measure(ROWS[name], samples(stratum, args.split, args.questions), not args.untimed)
         took = time.perf_counter() - start
         print(f"{stratum} {line(name, {name: rows[stratum]})} {took:.0f} s", flush=True)
     return rows
@@ -186,7 +188,7 @@ def choose(args: argparse.Namespace) -> None:
     """Accuracy of every candidate."""
     bench = load(args)
     for stratum in args.strata:
-        questions = list(samples(stratum, "dev", args.questions))
+        questions = samples(stratum, "dev", args.questions)
         for name, options in candidates(bench.models["llava"].config.decoder.num_layers).items():
             for option, method in options.items() if name in (args.methods or ROWS) else ():
                 answers, _ = bench.answers(method, questions)
@@ -213,9 +215,9 @@ def costs(row: dict) -> tuple[str, ...]:
     return (
         f"{row['passes']:.3g}",
         f"{row['flops'] / 1e9:.2f}",
-        f"{1000 * row['latency']:.0f} ms",
-        f"{row['throughput']:.1f}",
-        f"{row['peak_memory'] / 1e9:.2f} GB",
+        f"{1000 * row['latency']:.0f} ms" if "latency" in row else "",
+        f"{row['throughput']:.1f}" if "throughput" in row else "",
+        f"{row['peak_memory'] / 1e9:.2f} GB" if "peak_memory" in row else "",
     )
 
 
@@ -279,6 +281,7 @@ def main() -> None:
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--untimed", action="store_true", help="leave out latency, throughput and memory")
     parser.add_argument("--choose", action="store_true", help="compare options, on the development split only")
     parser.add_argument("--out", type=Path, help="JSON file with all measurements; what is in it is not run again")
     parser.add_argument("--tables", type=Path, help="Markdown file for the tables with every figure")

@@ -68,7 +68,7 @@ def dense_step(config, words, tx, peak, params, opt_state, batch, progress):
     images, target = batch
 
     def loss_of(params):
-        image = blip_itm.encode_image(params, config, specks.normalise(images), backend="xla")
+        image = blip_itm.encode_images(params, config, specks.normalise(images), backend="xla")
         return itm.dense_loss(params, image, target, words)
 
     (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
@@ -81,7 +81,7 @@ def dense_step(config, words, tx, peak, params, opt_state, batch, progress):
 def match_step(config, tx, peak, params, opt_state, batch, progress):
     """Stage 2: the text side, on the image tokens that stage 1 has taught."""
     images, rows = batch
-    image = blip_itm.encode_image(params, config, specks.normalise(images), backend="xla")
+    image = blip_itm.encode_images(params, config, specks.normalise(images), backend="xla")
     scaffold = LOOK * jnp.maximum(0.0, 1 - 2 * progress)
     loss_of = partial(itm.match_loss, config=config, image=image, rows=rows, look_share=scaffold)
     (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)

@@ -2,7 +2,8 @@
 
 A family that answers (of `jaxvqa.VLM`) is a module with a config class (`from_hf`, `grid`, `image_tokens`, `vision`,
 `decoder`) and the functions `specs`, `encode_images`, `embed`, `prefill`, `extend`, `resume`, `flops` and
-`image_flops`; one that matches (of `jaxvqa.Matcher`) has `specs`, `encode_image`, `match` and `gradcam`.
+`image_flops`; one that matches (of `jaxvqa.Matcher`) has `specs`, `encode_images`, `match`,
+`match_gradient`, `gradcam`, `flops` and `image_flops`.
 """
 
 import dataclasses

@@ -202,14 +202,11 @@ def specs(c: BlipItmConfig) -> BlipItm:
     )
 
 
-def encode_image(
+def encode_images(
     params: BlipItm, c: BlipItmConfig, pixels: Float[Array, "M E E 3"], *, backend: str = "auto"
 ) -> Float[Array, "M S D"]:
     """What the text attends to: image tokens of normalised pixels, the class token first."""
     return blip.encode(params.vision, c.vision, pixels, backend=backend)
-
-
-encode_images = encode_image  # as in the families that answer: the engine encodes any model's images
 
 
 def embed(
@@ -241,7 +238,7 @@ def run_layers(
     *,
     backend: str = "auto",
 ) -> Float[Array, "B T D"]:
-    """The text layers start..stop-1 (default: all) on embedded tokens; `image` from `encode_image`, a row per text."""
+    """The text layers start..stop-1 (default: all) on embedded tokens; `image` from `encode_images`, a row per text."""
 
     def step(x, i):
         return run_layer(params, c, x, mask, image, i, backend=backend)[0], None
@@ -294,7 +291,7 @@ def match(
     *,
     backend: str = "auto",
 ) -> Float[Array, "B 2"]:
-    """Logits f32 of "no match" and "match" of right-padded texts, each with its image (from `encode_image`)."""
+    """Logits f32 of "no match" and "match" of right-padded texts, each with its image (from `encode_images`)."""
     x = run_layers(params, c, embed(params, c, ids), text_mask(ids, lengths), image, backend=backend)
     return score(params, x[:, 0])
 

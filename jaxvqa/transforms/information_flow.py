@@ -1,9 +1,10 @@
 """VIF's injection: importance maps mixed into the attention of text rows (eq. 6-7), as a tap and as written."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvqa.attention import NEVER
+from jaxvqa.attention import CHUNK, NEVER
 from jaxvqa.taps import Mix
 from jaxvqa.typing import Array, Bool, Float, Int
 
@@ -28,8 +29,18 @@ def information_flow(
     maps = maps.astype(jnp.float32)
     present = cells[..., 0] >= 0
     share = jnp.where(present, alpha / jnp.maximum(present.sum(-1, keepdims=True), 1), 0.0)
-    # One fused sum over the cells, which a mesh splits by batch; it would not know how to split a scatter.
-    over_keys = jnp.where(cells[..., None] == jnp.arange(keys), maps[..., None], 0.0).sum(-2)
+
+    # Sums over chunks of cells, which a mesh splits by batch: it would not know how to split a scatter.
+    def chunks(x, fill):
+        short = -x.shape[-1] % CHUNK
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)], constant_values=fill)
+        return jnp.moveaxis(x.reshape(*x.shape[:-1], -1, CHUNK), -2, 0)
+
+    def laid_out(part):
+        at, values = part
+        return jnp.where(at[..., None] == jnp.arange(keys), values[..., None], 0.0).sum(-2)
+
+    over_keys = jax.lax.map(laid_out, (chunks(cells, -1), chunks(maps, 0.0))).sum(0)
     # An absent image is visible to no row.
     last = jnp.where(present, cells.max(-1), NEVER).astype(jnp.int32)
     return Mix(share[None], over_keys[None], last, None if rows is None else jnp.asarray(rows))

@@ -57,6 +57,8 @@ class GeneratorConfig:
     init: str
     """Of the renderer: "intended" has centres all over the image and small spreads; "released" is what loading a base
     checkpoint through transformers leaves of it: all centres in the middle, spreads of 0.73 sides."""
+    attention: str = "auto"
+    """Its attention backend (`jaxvqa.attention`)."""
 
     def __post_init__(self):
         if self.latent_width % self.num_heads:
@@ -289,7 +291,7 @@ def _branch(params: Generator, w: Branch, c: GeneratorConfig, vision, text, mask
     v, _ = layer(v, t, last)
     v = layer_norm(v, e.vision_norm, NORM_EPS)
     queries = jnp.broadcast_to(slots.queries, (len(v), *slots.queries.shape), out_sharding=layout(ACT_BTD))
-    x = _attend(slots.attn, queries, v, None)
+    x = _attend(slots.attn, c, queries, v, None)
     mean, logvar = (_linear(head, x).astype(jnp.float32) for head in (w.mean, w.logvar))
     return mean, jnp.clip(logvar, -5.0, 5.0)
 
@@ -297,11 +299,11 @@ def _branch(params: Generator, w: Branch, c: GeneratorConfig, vision, text, mask
 def _layer(w: Layer, c: GeneratorConfig, v, t, mask):
     """Both streams: self-attention, then each looks at the other as it now is, not normalised; then the MLPs."""
     h = layer_norm(v, w.vision.norm1, NORM_EPS)
-    v = v + _attend(w.vision.self_attn, h, h, None)
+    v = v + _attend(w.vision.self_attn, c, h, h, None)
     h = layer_norm(t, w.text.norm1, NORM_EPS)
-    t = t + _attend(w.text.self_attn, h, h, mask if c.text_self_mask else None)
-    v = v + _attend(w.vision.cross_attn, layer_norm(v, w.vision.norm2, NORM_EPS), t, mask)
-    t = t + _attend(w.text.cross_attn, layer_norm(t, w.text.norm2, NORM_EPS), v, None)
+    t = t + _attend(w.text.self_attn, c, h, h, mask if c.text_self_mask else None)
+    v = v + _attend(w.vision.cross_attn, c, layer_norm(v, w.vision.norm2, NORM_EPS), t, mask)
+    t = t + _attend(w.text.cross_attn, c, layer_norm(t, w.text.norm2, NORM_EPS), v, None)
     return v + _mlp(w.vision, v), t + _mlp(w.text, t)
 
 
@@ -310,7 +312,7 @@ def _mlp(w: Side, x):
     return _linear(w.fc2, jax.nn.gelu(h, approximate=False))
 
 
-def _attend(w: Attention, x, keys, mask):
+def _attend(w: Attention, c: GeneratorConfig, x, keys, mask):
     """Multi-head attention of `x` to `keys`, of which `mask` [B, S] hides some."""
     q, k, v = (
         einsum("BTD,DNH->BTNH", source, p.kernel, out=ACT_BTNH) + p.bias
@@ -320,7 +322,7 @@ def _attend(w: Attention, x, keys, mask):
     if mask is not None:
         everywhere = jnp.zeros_like(mask[:, :1], jnp.int32) + jnp.zeros(x.shape[1], jnp.int32)
         seen = Mask(everywhere, jnp.where(mask, 0, NEVER))
-    out = attend(q, k, v, seen, scale=q.shape[-1] ** -0.5)
+    out = attend(q, k, v, seen, scale=q.shape[-1] ** -0.5, backend=c.attention)
     return einsum("BTNH,NHD->BTD", out, w.o.kernel, out=ACT_BTD) + w.o.bias
 
 

@@ -115,7 +115,7 @@ def theirs(case: Case) -> dict[str, np.ndarray]:
 
 @jax.jit
 def ours(params, config, pairs):
-    image = blip_itm.encode_image(params, config, pairs.pixels)
+    image = blip_itm.encode_images(params, config, pairs.pixels)
     x = blip_itm.embed(params, config, pairs.ids)
     mask = blip_itm.text_mask(pairs.ids, pairs.lengths)
     found = {

@@ -104,7 +104,7 @@ def test_packed_texts_do_not_see_each_other():
 
     @jax.jit
     def both(params, pixels, rows, padded, lengths):
-        image = blip_itm.encode_image(params, CONFIG, pixels)
+        image = blip_itm.encode_images(params, CONFIG, pixels)
         alone = blip_itm.match(params, CONFIG, padded, lengths, image[where[:, 0]])
         return itm.match_loss(params, CONFIG, image, rows), alone
 
@@ -147,7 +147,7 @@ def test_both_objectives_can_be_learned():
     data = jax.tree.map(jnp.asarray, (specks.normalise(images), cells, rows))
 
     def loss_of(params, pixels, cells, rows):
-        image = blip_itm.encode_image(params, CONFIG, pixels)
+        image = blip_itm.encode_images(params, CONFIG, pixels)
         dense, _ = itm.dense_loss(params, image, cells, WORDS)
         match, metrics = itm.match_loss(params, CONFIG, image, rows, 0.3)
         return dense + match, (dense, match, metrics["look"] / metrics["look#"])
