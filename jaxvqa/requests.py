@@ -328,6 +328,8 @@ class Answer:
     text: str
     boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))
     """[n, 4] xyxy, half-open, in pixels of the first image as given."""
+    scores: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    """f32 [n], how sure the method is of each box, in [-1, 1]: NaN where it did not ask; empty where it never does."""
     heatmap: np.ndarray | None = None
     """f32 [H', W'] in image coordinates: it covers the whole first image, at any resolution of the same shape."""
     grid: np.ndarray | None = None
@@ -355,10 +357,11 @@ class Answer:
 
     def record(self) -> dict[str, Any]:
         """Everything but the maps, ready for JSON."""
-        skipped = ("heatmap", "grid", "boxes", "forward_passes", "cost", "log", "error", "options")
+        skipped = ("heatmap", "grid", "boxes", "scores", "forward_passes", "cost", "log", "error", "options")
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skipped}
         return plain | {
             "boxes": self.boxes.tolist(),
+            "scores": [None if np.isnan(score) else float(score) for score in self.scores],
             "forward_passes": self.forward_passes._asdict(),
             "cost": {f.name: getattr(self.cost, f.name) for f in fields(self.cost)},
             "options": {name: _plain(value) for name, value in self.options.items()},

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from math import inf
+from math import inf, nan
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import jax
@@ -15,7 +15,7 @@ from PIL import Image
 
 from jaxvqa import methods
 from jaxvqa.errors import UserError
-from jaxvqa.geometry import Geometry
+from jaxvqa.geometry import Geometry, covers
 from jaxvqa.images import CLIP_MEAN_COLOUR, crop, pixel_box
 from jaxvqa.methods import Facts, check_choice, fill, scaled_layer
 from jaxvqa.methods.targets import Target, by_rules, named, parse, read_examples, stem
@@ -164,12 +164,12 @@ class Focus:
         maps = yield from self.maps(sample, targets, view)
         regions = [self.propose(heat, view) for heat in maps]
         confidences = yield from self.verify(sample, targets, regions)
-        boxes, notes = self.select(targets, regions, confidences)
+        boxes, scores, notes = self.select(targets, regions, confidences)
         text = yield from self.answer(sample, boxes, apart=any(target.every for target in targets))
         grid = np.max(maps, axis=0)
         notes += ["even map"] * any(np.ptp(heat) == 0 for heat in maps)
         heatmap = view.to_image(grid, preview_size(sample.image.size))
-        return Answer(text, boxes=boxes, grid=grid, heatmap=heatmap, status="; ".join(notes) or "ok")
+        return Answer(text, boxes=boxes, scores=scores, grid=grid, heatmap=heatmap, status="; ".join(notes) or "ok")
 
     def find_targets(self, sample: Sample) -> Generator[Any, Any, tuple[Target, ...]]:
         """What to look for."""
@@ -280,9 +280,10 @@ class Focus:
 
     def select(
         self, targets: tuple[Target, ...], regions: list[Regions], confidences: list[list[float]]
-    ) -> tuple[np.ndarray, list[str]]:
-        """The boxes to answer on, [n, 4] in pixels, in the order of the targets and then of confidence, and notes."""
-        chosen, notes = [np.zeros((0, 4))], []
+    ) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """The boxes to answer on, [n, 4] in pixels, in the order of the targets and then of confidence; their
+        confidences, of merged ones the highest, NaN where unverified; and notes."""
+        chosen, scores, notes = [np.zeros((0, 4))], [], []
         for target, found, confidence in zip(targets, regions, confidences, strict=True):
             if not len(found.boxes):
                 notes.append(f"no region for {target.name}")
@@ -293,8 +294,13 @@ class Focus:
             if not kept:
                 notes.append(f"no {target.name} above the threshold")
             chosen.append(found.boxes[kept or ranked[:1]])
-        boxes = np.concatenate(chosen)
-        return (merge(boxes, self.merge_dilation) if any(target.every for target in targets) else boxes), notes
+            scores += [confidence[rank] if confidence else nan for rank in kept or ranked[:1]]
+        boxes, scores = np.concatenate(chosen), np.array(scores, np.float32)
+        if any(target.every for target in targets):
+            parts, boxes = boxes, merge(boxes, self.merge_dilation)
+            held = [[covers(box, part) for part in parts] for box in boxes]
+            scores = np.array([np.fmax.reduce(scores[which]) for which in held], np.float32)
+        return boxes, scores, notes
 
     def answer(self, sample: Sample, boxes: np.ndarray, apart: bool = False) -> Generator[Any, Any, str]:
         """The final answer on a view of the boxes; without any, on the whole image.

@@ -159,7 +159,7 @@ def test_the_most_confident_of_the_first_regions_is_shown():
     ((read,), verified, (final,)), answer = search(-0.5, 0.2, 0.9, 1.0, n_steps=3)
     assert [request.images[0].tobytes() for request in verified] == [SQUARE.crop(box).tobytes() for box in EXAMPLE[:3]]
     assert {request.prompt.text for request in verified} == {read.prompt.text}
-    assert boxes_of(answer) == [list(EXAMPLE[2])]
+    assert boxes_of(answer) == [list(EXAMPLE[2])] and answer.scores.tolist() == pytest.approx([0.9])
     assert final.images[0].tobytes() == SQUARE.crop(EXAMPLE[2]).tobytes()
     expected = example()["dog"] / example()["dog"].sum()
     np.testing.assert_allclose(answer.grid, expected, rtol=1e-5)
@@ -173,6 +173,7 @@ def test_equal_confidences_go_by_relevance():
 def test_one_step_without_overrun_verifies_nothing():
     asked, answer = search(n_steps=1, overrun=False)
     assert kinds(asked) == [["Read"], ["Generate"]] and boxes_of(answer) == [list(EXAMPLE[0])]
+    assert np.isnan(answer.scores).tolist() == [True] and answer.record()["scores"] == [None]
 
 
 @given(st.lists(st.sampled_from([-0.9, -0.5, 0.0, 0.5, 0.9]), min_size=4, max_size=4), st.integers(1, 6), st.booleans())
@@ -209,10 +210,12 @@ def test_all_of_a_kind_are_verified_kept_above_the_threshold_and_pasted():
     asked, answer = search(0.61, 0.9, 0.6, -0.2, target="all dogs", n_steps=1, overrun=False)
     assert kinds(asked)[1] == ["YesNo"] * 4, "whatever n_steps says"
     assert boxes_of(answer) == [list(EXAMPLE[1]), list(EXAMPLE[0])]
+    assert answer.scores.tolist() == pytest.approx([0.9, 0.61])
     assert asked[-1][0].images[0].tobytes() == paste(SQUARE, [EXAMPLE[1], EXAMPLE[0]]).image.tobytes()
     # Boxes 0 and 2 overlap: one region of both, which is cropped.
     asked, answer = search(0.9, 0.2, 0.7, 0.2, target="all dogs")
     assert boxes_of(answer) == [[80, 20, 180, 180]] and asked[-1][0].images[0].size == (100, 160)
+    assert answer.scores.tolist() == pytest.approx([0.9]), "the better of the two"
     assert boxes_of(search(0.9, 0.8, 0.2, 0.2, target="all dogs", merge_dilation=150.0)[1]) == [[80, 80, 380, 340]]
 
 
