@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,9 +112,13 @@ class Matcher(nnx.Module):
         return np.ascontiguousarray(pixels.transpose(1, 2, 0), np.float32), place
 
     def tokenise(self, text: str) -> np.ndarray:
-        """Token ids i32 of a text (see `clean`); what exceeds 35 tokens is cut off before the last one ([SEP])."""
+        """Token ids i32 of a text (see `clean`); what exceeds 35 tokens is cut off before the last one ([SEP]), with a
+        warning."""
         limit = min(MAX_TOKENS, self.config.text.max_length)
-        ids = np.array(self.tokenizer(clean(text), truncation=True, max_length=limit)["input_ids"], np.int32)
+        ids = np.array(self.tokenizer(clean(text))["input_ids"], np.int32)
+        if len(ids) > limit:
+            warnings.warn(f"{self.name} reads {limit} of the {len(ids)} tokens of {text!r}", stacklevel=2)
+            ids = np.append(ids[: limit - 1], ids[-1])
         if self.first_token is not None:
             ids[0] = self.first_token
         return ids

@@ -42,6 +42,13 @@ def test_any_text_becomes_at_most_35_tokens_between_the_first_and_the_last(match
     assert 2 <= len(ids) <= MAX_TOKENS and ids.max() < matcher.config.text.vocab_size
 
 
+def test_a_text_that_is_cut_is_told_and_keeps_its_last_token(matcher):
+    text = "the red square " * 20
+    with pytest.warns(UserWarning, match="reads 35 of the"):
+        ids = matcher.tokenise(text)
+    assert ids.tolist() == matcher.tokenizer(text, truncation=True, max_length=MAX_TOKENS)["input_ids"]
+
+
 def test_the_first_token_may_be_another(tmp_path):
     matcher = load_matcher(tiny_blip(tmp_path / "a"), first_token=4)
     assert matcher.tokenise("red")[0] == 4
