@@ -34,7 +34,7 @@ from jaxvqa.handlers import HANDLERS, IMAGES, LENGTHS, PREFIXES, Handler, Kept, 
 from jaxvqa.images import open_image
 from jaxvqa.matcher import Matcher, matcher_of_method
 from jaxvqa.matching import MATCH
-from jaxvqa.requests import Answer, Asked, Cost, Gradient, Match, Passes, Reading, Request, Sample
+from jaxvqa.requests import Answer, Asked, Continue, Cost, Gradient, Match, Passes, Reading, Reply, Request, Sample
 from jaxvqa.sharding import RULES
 from jaxvqa.vlm import VLM
 
@@ -362,7 +362,10 @@ class _Run:
             return
         job.many = isinstance(asked, (list, tuple))
         requests = asked if job.many else [asked]
-        job.pending, job.last = len(requests), 0
+        job.pending = len(requests)
+        # A further turn belongs to the reply that it continues.
+        if not all(isinstance(request, Continue) and isinstance(request.of, Reply) for request in requests):
+            job.last = 0
         if not requests:
             self.ready.append(job)
         for request in requests:

@@ -282,7 +282,7 @@ class Reading:
 class Passes(NamedTuple):
     """Logical forward passes of one sample, those of matching models left out; `Cost.passes` counts them, too.
 
-    The final answer is what the method's last yield asked for.
+    The final answer is what the method's last yield asked for and, where that goes on from a reply, the reply.
     """
 
     search: int = 0

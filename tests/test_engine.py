@@ -485,6 +485,17 @@ def test_a_further_turn_is_answered_as_the_whole_conversation(vlm):
     assert costs[0].passes == {"generate": 2, "continue": 2}
 
 
+def test_a_further_turn_counts_with_the_reply_that_it_continues(vlm):
+    def method(sample):
+        yield YesNo(sample.image, prompt(sample.question))
+        reply = yield Generate(sample.image, prompt(sample.question), max_new_tokens=NEW, keep=True)
+        said = yield Continue(reply, render("vicrop_hf", [sample.question, reply.text, "Why?"]), max_new_tokens=NEW)
+        return Answer(said.text)
+
+    (answer,) = answers(vlm, [Sample(picture(0), "What?")], method)
+    assert answer.forward_passes == Passes(search=1, final=2)
+
+
 def test_a_reply_with_a_stop_string_is_cut_there_and_can_be_continued(vlm):
     full, found = {}, {}
 

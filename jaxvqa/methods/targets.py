@@ -19,9 +19,9 @@ NAMED = "So I need the information about the following objects: "
 
 # ZoomEye drops what spaCy tags as a pronoun; this list does without a tagger.
 PRONOUNS = frozenset(
-    """me my myself you your yours yourself yourselves he him his himself she her hers herself it its itself we our ours
-    ourselves they them their theirs themselves this that these those who whom whose which someone somebody something
-    anyone anybody anything everyone everybody everything""".split()
+    """i me my mine myself you your yours yourself yourselves he him his himself she her hers herself it its
+    itself we us our ours ourselves they them their theirs themselves this that these those who whom whose which
+    someone somebody something anyone anybody anything everyone everybody everything""".split()
 )
 
 ARTICLES = frozenset({"the", "a", "an"})
