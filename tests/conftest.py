@@ -1,7 +1,9 @@
 """What every test runs under: no network, checked array shapes, exact matmuls; fixtures that several files share."""
 
+import gc
 import importlib.util
 import os
+from pathlib import Path
 
 for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ[switch] = "1"
@@ -34,6 +36,18 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "parity" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_memory_maps():
+    """Compiled programs take memory maps, of which Linux gives a process 65530: beyond them compilation aborts."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 _MEASURED: dict[str, str] = {}
