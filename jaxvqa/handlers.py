@@ -119,6 +119,7 @@ def arrays(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def right_pad(ids: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
+    """Token ids i32, with zeros behind them to `length`."""
     return np.pad(np.asarray(ids, np.int32), (0, length - len(ids)))
 
 
@@ -876,6 +877,7 @@ def _cut(engine, vlm: VLM, tokens: Tokens, rows: np.ndarray) -> int:
 
 
 def not_finite(model: VLM | Matcher, what: str = "the logits") -> JaxVQAError:
+    """The error for a row whose numbers are NaN or infinite."""
     return JaxVQAError(f"{model.name}: {what} are not finite; check the weights, or load them with dtype='float32'")
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from asking import collected
 from PIL import Image
 from tiny import tiny_llava
 from tiny_blip import tiny_blip
@@ -54,21 +55,6 @@ def picture(seed: int, size: tuple[int, int] = (60, 40)) -> Image.Image:
 
 def engine_of(vlm, matcher, **options) -> Engine:
     return Engine({"tiny": vlm, "matcher": matcher}, **{"batch_size": 2, "lengths": LENGTHS} | options)
-
-
-def collected(engine, samples, requests) -> list:
-    """What the engine answers to the requests that `requests(sample)` makes, per sample."""
-    results, found = {}, []
-
-    def method(sample):
-        results[sample.id] = yield requests(sample)
-        return Answer("done")
-
-    for answer in engine.run(samples, method):
-        if answer.error is not None:
-            raise answer.error
-        found.append(results[answer.sample])
-    return found
 
 
 def first_row(row):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from asking import collected
 from PIL import Image
 from tiny import tiny_llava
 
@@ -52,21 +53,6 @@ def wanted_attention(row):
 
 def attention_and_logits(row):
     return wanted_attention(row), row.logits
-
-
-def collected(engine: Engine, samples, requests) -> list:
-    """Results of the requests that `requests(sample)` makes, per sample."""
-    results, found = {}, []
-
-    def method(sample):
-        results[sample.id] = yield requests(sample)
-        return Answer("done")
-
-    for answer in engine.run(samples, method):
-        if answer.error is not None:
-            raise answer.error
-        found.append(results[answer.sample])
-    return found
 
 
 def every_kind(sample):

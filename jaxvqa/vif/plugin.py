@@ -120,7 +120,7 @@ def make_maps(params: Injection, hidden: Float[Array, "B T D"], flow: Flow, numb
     def per_image(x: Array, *shape: int):
         return jnp.reshape(x, (B * images, *shape), out_sharding=layout(BATCH))
 
-    vision = per_image(states(per_row(flow.cells, images * P)), P, D)
+    vision = per_image(states(_per_row(flow.cells, images * P)), P, D)
     text = per_image(jnp.repeat(states(flow.text), images, axis=0, out_sharding=layout(ACT_BTD)), Q, D)
     mask = per_image(jnp.repeat(flow.text >= 0, images, axis=0, out_sharding=layout(BATCH)), Q)
     mean, logvar = generator.prior(params.generator, params.config, vision, text, mask)
@@ -133,7 +133,7 @@ def make_maps(params: Injection, hidden: Float[Array, "B T D"], flow: Flow, numb
     return jnp.reshape(maps, (B, images, P), out_sharding=layout(BATCH))
 
 
-def per_row(x: Array, size: int) -> Array:
+def _per_row(x: Array, size: int) -> Array:
     return jnp.reshape(constrain(x, BATCH), (len(x), size), out_sharding=layout(BATCH))
 
 
