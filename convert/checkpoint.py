@@ -6,12 +6,13 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxvqa.convert import adapters, llava
+from jaxvqa.convert import adapters, internvl, llava
 from jaxvqa.convert.errors import ConversionError
 from jaxvqa.convert.families import ARCHITECTURES, Config, tables_of
 from jaxvqa.convert.source import resolve
@@ -88,6 +89,11 @@ def open_checkpoint(
 
     hf = llava.read_config(folder)
     _check_supported(folder, hf)
+    if internvl.is_original(hf):
+        assembled = internvl.assemble(hf, folder)
+        raw, faults = folder_tensors(folder, from_pickle, command)
+        tensors, processor = internvl.original_tensors(raw), partial(_internvl_processor, folder, hf)
+        return Checkpoint(folder, assembled, config_from_hf(assembled), tensors, faults, processor)
     if not llava.is_original(hf):
         if vision_tower is not None:
             raise ConversionError(f"{folder}: `vision_tower` is given, but this checkpoint holds its own")
@@ -136,6 +142,14 @@ def _check_supported(folder: Path, hf: dict[str, Any]) -> None:
 
 
 _TEMPORARY: list[tempfile.TemporaryDirectory[str]] = []  # processors made up below live as long as the process
+
+
+def _internvl_processor(folder: Path, hf: dict[str, Any]) -> Path:
+    """The processor of transformers' InternVL for an original folder, whose code cuts the tiles."""
+    out = tempfile.TemporaryDirectory(prefix="jaxvqa-processor-")
+    _TEMPORARY.append(out)
+    internvl.write_processor(folder, hf, Path(out.name))
+    return Path(out.name)
 
 
 def _original_processor(folder: Path, tower: Path, config: LlavaConfig) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import register_dataclass, register_static
 
 from jaxvqa.attention import NEVER, Mask, attend, attention_rows
@@ -54,6 +55,10 @@ class DecoderConfig:
     qk_norm: bool
     tied: bool
     """The output head is the transposed embedding."""
+    mrope: tuple[int, int, int] | None = None
+    """Multimodal rope: how many rotary frequencies turn by the time, the row and the column of a token."""
+    mrope_interleaved: bool = False
+    """Whether the three take turns over the frequencies (Qwen3-VL) or each has a run of them (Qwen2-VL)."""
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], tied: bool | None = None) -> "DecoderConfig":
@@ -61,17 +66,23 @@ class DecoderConfig:
 
         Raises `JaxVQAError` with every missing key and every option that this decoder does not have.
         """
-        family = hf.get("model_type", "llama")
-        if family not in ("llama", "qwen2", "qwen3"):
-            raise JaxVQAError(f"text model type {family!r} is not supported; supported are llama, qwen2, qwen3")
+        kinds, family = _TEXT_MODELS, hf.get("model_type", "llama")
+        if family not in kinds:
+            raise JaxVQAError(f"text model type {family!r} is not supported; supported are {', '.join(kinds)}")
         hf = _TEXT_DEFAULTS | {k: v for k, v in hf.items() if v is not None}
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         faults = []
-        if kind not in ("default", "linear"):
+        multimodal = family.endswith("_vl_text")
+        if kind not in ("default", "linear", *["mrope"] * multimodal):
             faults.append(f"rope type {kind!r} (supported: default, linear)")
+        sections = rope.get("mrope_section") if multimodal else None
+        if multimodal and (sections is None or len(sections) != 3):
+            faults.append(f"mrope_section {sections!r} (expected three numbers)")
         if hf.get("use_sliding_window"):
             faults.append("use_sliding_window=true (supported: false)")
+        if family == "mistral" and hf.get("sliding_window"):
+            faults.append(f"sliding_window {hf['sliding_window']} (supported: null)")
         if hf["hidden_act"] != "silu":
             faults.append(f"hidden_act {hf['hidden_act']!r} (supported: silu)")
         if hf.get("attention_bias") or hf.get("mlp_bias"):
@@ -90,11 +101,24 @@ class DecoderConfig:
             rope_theta=float(rope.get("rope_theta", hf["rope_theta"])),
             rope_factor=float(rope.get("factor", 1.0)) if kind == "linear" else 1.0,
             norm_eps=hf["rms_norm_eps"],
-            qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
+            qkv_bias=kinds[family] == "qwen2",
+            qk_norm=kinds[family] == "qwen3",
             tied=hf.get("tie_word_embeddings", False) if tied is None else tied,
+            mrope=tuple(sections) if sections else None,
+            mrope_interleaved=family == "qwen3_vl_text",
         )
 
+
+# HF's type of a text model -> whose layers it has.
+_TEXT_MODELS = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+}
 
 # Values that HF leaves out of a config.json when they equal its LlamaConfig defaults (llava-hf/llava-1.5-7b-hf does).
 _TEXT_DEFAULTS = {
@@ -182,7 +206,8 @@ class Stream:
     """
 
     hidden: Float[Array, "B T D"]
-    positions: Int[Array, "B T"]
+    positions: Int[Array, "B T *axes"]
+    """One number per token or, in multimodal rope, three."""
     order: Int[Array, "B T"]
     segment: Int[Array, "B T"] | None = None
 
@@ -200,19 +225,33 @@ class Cache:
     order: Int[Array, "B S"]
     filled: Int[Array, ""]
     length: Int[Array, "B"]
-    """Valid tokens per row: the position and the order of the next one."""
+    """Valid tokens per row: the order of the next one and, without `shift`, its position."""
+    shift: Int[Array, "B"] | None = None
+    """What the position of the next token has beyond its order; multimodal rope only."""
 
     @property
     def capacity(self) -> int:
         return self.k.shape[2]
 
 
-def right_padded(hidden: Float[Array, "B T D"], lengths: Int[Array, "B"], start: Int[Array, "B"] | int = 0) -> Stream:
-    """A stream of right-padded rows whose first token has position and order `start`."""
+def right_padded(
+    hidden: Float[Array, "B T D"],
+    lengths: Int[Array, "B"],
+    start: Int[Array, "B"] | int = 0,
+    *,
+    positions: Int[Array, "B T 3"] | None = None,
+    shift: Int[Array, "B"] | None = None,
+) -> Stream:
+    """A stream of right-padded rows whose first token has order `start`.
+
+    Positions are the orders, plus `shift` (`Cache.shift`) where there is one, unless they are given.
+    """
     B, T, _ = hidden.shape
     offsets = jnp.arange(T, dtype=jnp.int32)[None]
-    positions = jnp.broadcast_to(jnp.reshape(jnp.asarray(start, jnp.int32), (-1, 1)) + offsets, (B, T))
-    return Stream(hidden, positions, jnp.where(offsets < lengths[:, None], positions, NEVER))
+    order = jnp.broadcast_to(jnp.reshape(jnp.asarray(start, jnp.int32), (-1, 1)) + offsets, (B, T))
+    if positions is None:
+        positions = order if shift is None else order + shift[:, None]
+    return Stream(hidden, positions, jnp.where(offsets < lengths[:, None], order, NEVER))
 
 
 def last_row(order: Int[Array, "B T"]) -> Int[Array, "B 1"]:
@@ -314,7 +353,12 @@ def run(
     if keys is not None:
         added = jnp.sum(stream.order < NEVER, axis=1, dtype=jnp.int32)
         length = added if cache is None else cache.length + added
-        cache = Cache(keys[0], keys[1], k_order, at + T, length)
+        shift = None if cache is None else cache.shift
+        if stream.positions.ndim == 3:
+            reached = jnp.where(stream.order[:, :, None] < NEVER, stream.positions, -1).max(axis=(1, 2))
+            before = jnp.zeros_like(length) if shift is None else shift
+            shift = jnp.where(added > 0, reached + 1 - length, before)
+        cache = Cache(keys[0], keys[1], k_order, at + T, length, shift)
     return stream.hidden, cache, out, plugins
 
 
@@ -461,11 +505,24 @@ def _pad_keys(x: Array | None, length: int) -> Array | None:
     return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, length - x.shape[-1]),))
 
 
-def _rope(positions: Int[Array, "B T"], c: DecoderConfig) -> tuple[Array, Array]:
+def _rope(positions: Int[Array, "B T *axes"], c: DecoderConfig) -> tuple[Array, Array]:
     """Cosine and sine of the rotary angles, [B, T, 1, H/2] in f32 (bf16 rounds position 257 to 256)."""
     frequency = c.rope_theta ** (-jnp.arange(0, c.head_dim, 2, dtype=jnp.float32) / c.head_dim)
-    angles = (positions.astype(jnp.float32) / c.rope_factor)[:, :, None, None] * frequency
+    turned = positions[:, :, _mrope_axes(c)] if positions.ndim == 3 else positions[:, :, None]
+    angles = (turned.astype(jnp.float32) / c.rope_factor * frequency)[:, :, None]
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def _mrope_axes(c: DecoderConfig) -> np.ndarray:
+    """Which of a token's three positions turns each rotary frequency, int [H/2]."""
+    if c.mrope is None or sum(c.mrope) != c.head_dim // 2:
+        raise JaxVQAError(f"positions of three axes: mrope sections {c.mrope} of heads of size {c.head_dim}")
+    if not c.mrope_interleaved:
+        return np.repeat(np.arange(3), c.mrope)
+    axes = np.zeros(c.head_dim // 2, int)
+    for axis in (1, 2):
+        axes[axis : 3 * c.mrope[axis] : 3] = axis
+    return axes
 
 
 def _rotate(x: Float[Array, "B T N H"], cos: Array, sin: Array) -> Float[Array, "B T N H"]:

@@ -47,9 +47,8 @@ def extend(
     params: Decoder, config: DecoderConfig, ids: Int[Array, "B T"], lengths: Int[Array, "B"], cache: Cache, **kwargs
 ) -> Output:
     """Append right-padded text tokens to each row of a cache: a decode step, a further turn. A length may be 0."""
-    return forward(
-        params, config, right_padded(embed_tokens(params, ids), lengths, cache.length), cache=cache, **kwargs
-    )
+    stream = right_padded(embed_tokens(params, ids), lengths, cache.length, shift=cache.shift)
+    return forward(params, config, stream, cache=cache, **kwargs)
 
 
 @register_dataclass
@@ -156,12 +155,14 @@ def score_options(
     ids, lengths = constrain(ids, BATCH), constrain(lengths, BATCH)
     B, C, T = ids.shape
     offset = jnp.arange(T, dtype=jnp.int32)
-    positions = output.cache.length[:, None, None] + jnp.broadcast_to(offset, (B, C, T))
+    order = output.cache.length[:, None, None] + jnp.broadcast_to(offset, (B, C, T))
+    shift = output.cache.shift
+    positions = order if shift is None else order + shift[:, None, None]
     valid = offset < lengths[:, :, None]
     segment = jnp.broadcast_to(jnp.arange(1, C + 1, dtype=jnp.int32)[None, :, None], (B, C, T))
     flat = jax.vmap(jnp.ravel)
     stream = Stream(
-        embed_tokens(params, flat(ids)), flat(positions), flat(jnp.where(valid, positions, NEVER)), flat(segment)
+        embed_tokens(params, flat(ids)), flat(positions), flat(jnp.where(valid, order, NEVER)), flat(segment)
     )
     hidden, *_ = run(params, config, stream, cache=output.cache, taps=taps, plugins=output.plugins, backend=backend)
     logits = constrain(finish(params, config, hidden), BATCH).reshape(B, C, T, -1)

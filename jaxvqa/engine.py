@@ -28,7 +28,6 @@ from PIL import Image
 
 from jaxvqa import methods
 from jaxvqa.errors import JaxVQAError, UserError
-from jaxvqa.geometry import Geometry
 from jaxvqa.gradients import GRADIENT
 from jaxvqa.handlers import HANDLERS, IMAGES, LENGTHS, PREFIXES, Handler, Kept, State, Work
 from jaxvqa.images import open_image
@@ -36,6 +35,7 @@ from jaxvqa.matcher import Matcher, matcher_of_method
 from jaxvqa.matching import MATCH
 from jaxvqa.requests import Answer, Asked, Continue, Cost, Gradient, Match, Passes, Reading, Reply, Request, Sample
 from jaxvqa.sharding import RULES
+from jaxvqa.vision.inputs import ImageInput
 from jaxvqa.vlm import VLM
 
 SERVED: dict[type[Request], Handler] = HANDLERS | {Gradient: GRADIENT, Match: MATCH}
@@ -155,13 +155,14 @@ class Engine:
             raise methods.unknown("model", name, self.models)
         return name, self.models[name]
 
-    def preprocessed(self, model: str, image: Image.Image) -> "_Preprocessed":
+    def preprocessed(self, model: str, image: Image.Image, setup: str | None = None) -> "_Preprocessed":
         """An image as the model's encoder wants it; computed once while the same PIL image is alive."""
-        name = (id(image), model)
+        name = (id(image), model, setup)
         if name not in self._preprocessed:
-            pixels, geometry = self.models[model].preprocess(image)
-            digest = blake2b(pixels.tobytes(), digest_size=16).digest()
-            self._preprocessed[name] = _Preprocessed((model, digest), pixels, geometry)
+            made, digest = self.models[model].process(image, setup=setup), blake2b(digest_size=16)
+            for leaf in jax.tree.leaves(made.arrays):
+                digest.update(leaf.tobytes())
+            self._preprocessed[name] = _Preprocessed((model, made.capacity, digest.digest()), made)
             weakref.finalize(image, self._preprocessed.pop, name, None)
         return self._preprocessed[name]
 
@@ -199,8 +200,7 @@ def _ways(model: VLM | Matcher) -> int:
 class _Preprocessed(NamedTuple):
     name: Hashable
     """The same for images that the model cannot tell apart."""
-    pixels: np.ndarray
-    geometry: Geometry
+    input: ImageInput
 
 
 class _Shared:

@@ -15,25 +15,47 @@ import numpy as np
 from jaxvqa.errors import JaxVQAError
 
 Box = Sequence | np.ndarray  # x1, y1, x2, y2
+SIDES = tuple(sorted(side for n in range(2, 14) for side in (2**n, 3 * 2 ** (n - 1))))
+"""Sides to which maps of any shape are padded, so that few programs are compiled: 4, 6, 8, 12, 16, 24, 32, 48, ..."""
+
+
+def missing(size: int) -> tuple[int, int]:
+    """How much to pad (before, behind) so that an axis has one of `SIDES`."""
+    return 0, next((side for side in SIDES if side >= size), size) - size
 
 
 @dataclass(frozen=True)
 class Geometry:
     """One encoded image.
 
-    mode: "pad" (square with the mean colour, LLaVA-1.5), "crop" (shorter side to E, centre crop, HF CLIP) or "squash".
+    mode: "pad" (square with the mean colour, LLaVA-1.5), "crop" (shorter side to E, centre crop, HF CLIP), "squash",
+        "tiles" (a canvas of squares, each encoded alone) or "native" (about the image's own size and shape).
     image_size: (W, H) of the original image.
-    encoder_size: side E of the square that the encoder reads.
+    encoder_size: what the encoder reads: the side E of a square, or (width, height).
     grid: (h, w) image tokens.
     origin, extent: upper left corner and size of the view, in image pixels; it may overhang the image.
     """
 
-    mode: Literal["pad", "crop", "squash"]
+    mode: Literal["pad", "crop", "squash", "tiles", "native"]
     image_size: tuple[int, int]
-    encoder_size: int
+    encoder_size: int | tuple[int, int]
     grid: tuple[int, int]
     origin: tuple[float, float]
     extent: tuple[float, float]
+    capacity: int | None = None
+    """Cells, padding included, for which a model's programs are compiled whose grids vary; None: those of the grid."""
+
+    def on_grid(self, cells: np.ndarray) -> np.ndarray:
+        """What a program says of each cell, [.., h, w] or [.., 1, capacity], on the grid: [.., h, w]."""
+        h, w = self.grid
+        return np.asarray(cells).reshape(*cells.shape[:-2], -1)[..., : h * w].reshape(*cells.shape[:-2], h, w)
+
+    def for_program(self, maps: np.ndarray) -> np.ndarray:
+        """The inverse of `on_grid`, padded with zeros: maps [.., h, w] as a program takes them."""
+        if self.capacity is None:
+            return maps
+        flat = maps.reshape(*maps.shape[:-2], 1, -1)
+        return np.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, self.capacity - flat.shape[-1])])
 
     def edges(self) -> tuple[np.ndarray, np.ndarray]:
         """Cell boundaries in image pixels, not clamped: x [w + 1], y [h + 1]."""
@@ -81,11 +103,11 @@ class Geometry:
 
     def to_encoder(self, points: np.ndarray) -> np.ndarray:
         """Image pixels [..., 2] to encoder pixels [..., 2] (0..E inside the view)."""
-        return (np.asarray(points, np.float64) - self.origin) * self.encoder_size / np.asarray(self.extent)
+        return (np.asarray(points, np.float64) - self.origin) * np.asarray(self.encoder_size) / np.asarray(self.extent)
 
     def from_encoder(self, points: np.ndarray) -> np.ndarray:
         """Encoder pixels [..., 2] to image pixels [..., 2], not clamped."""
-        return np.asarray(points, np.float64) * self.extent / self.encoder_size + self.origin
+        return np.asarray(points, np.float64) * self.extent / np.asarray(self.encoder_size) + self.origin
 
     def to_image(
         self,
@@ -173,7 +195,7 @@ def for_crop(width: int, height: int, encoder_size: int, grid: tuple[int, int]) 
     )
 
 
-def for_squash(width: int, height: int, encoder_size: int, grid: tuple[int, int]) -> Geometry:
+def for_squash(width: int, height: int, encoder_size: int | tuple[int, int], grid: tuple[int, int]) -> Geometry:
     """Resized to the encoder's size, aspect ratio not kept (InstructBLIP, BLIP-ITM)."""
     return Geometry("squash", (width, height), encoder_size, grid, (0.0, 0.0), (float(width), float(height)))
 

@@ -40,7 +40,7 @@ def _gradient(
             out = run(params, taps=Taps(tuple(edits)), **static)
         else:
             features = family.encode_images(params, config, jax.lax.collapse(x, 0, 2), backend=backend)
-            features = jnp.reshape(features, (*x.shape[:2], *features.shape[1:]), out_sharding=layout(("batch",)))
+            features = jnp.reshape(features, (len(x), -1, features.shape[-1]), out_sharding=layout(("batch",)))
             out = run(params, features, taps=Taps(), **static)
         best = jnp.argmax(out.logits, axis=-1)[:, None]
         return jnp.take_along_axis(jax.nn.log_softmax(out.logits), best, axis=-1).sum(), out
@@ -68,7 +68,7 @@ class GradientHandler(PromptHandler):
                 raise UserError(f"Gradient: {option}={given!r}; expected one of {', '.join(allowed)}")
         if request.of == "match":
             return MATCH_GRADIENT.prepare(engine, request, seed)
-        (model, vlm), layers = engine.model(request.model), request.layers
+        (_, vlm), layers = engine.model(request.model), request.layers
         family, d, to_pixels = family_of(vlm.config), vlm.config.decoder, request.wrt == "pixels"
         if to_pixels and (layers or not request.images):
             raise UserError(
@@ -85,9 +85,12 @@ class GradientHandler(PromptHandler):
         )  # fmt: skip
         images = 0
         if to_pixels:
-            pixels = np.stack([engine.preprocessed(model, image).pixels for image in request.images])
+            pixels = [image.arrays for image in work.data.images]
+            if not all(isinstance(image, np.ndarray) and image.ndim == 3 for image in pixels):
+                raise UserError(f"Gradient to pixels: {vlm.name} sees no single square; take wrt='attention'")
+            pixels = np.stack(pixels)
             work.needs, work.data = {}, replace(work.data, features=(), extra=pixels)
-            images = len(pixels) * family.image_flops(vlm.config)
+            images = len(pixels) * family.image_flops(vlm.config, pixels[0])
         upper = replace(vlm.config, decoder=replace(d, num_layers=d.num_layers - min(layers, default=0)))
 
         def and_back(flops: int, tokens: int, start: int) -> int:

@@ -38,7 +38,8 @@ from jaxvqa.requests import Call, Continue, Generate, Read, Reading, Reply, Requ
 from jaxvqa.sharding import CACHE_LBSKH, constrain
 from jaxvqa.taps import Readouts, ReadSpec, Taps
 from jaxvqa.typing import Array, Bool, Float, Int
-from jaxvqa.vlm import VLM
+from jaxvqa.vision.inputs import ImageInput
+from jaxvqa.vlm import VLM, slots_of
 
 if TYPE_CHECKING:
     from jaxvqa.engine import Engine
@@ -118,9 +119,11 @@ def arrays(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return jax.tree.map(lambda x: np.asarray(x, jnp.result_type(x)), args)
 
 
-def right_pad(ids: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
-    """Token ids i32, with zeros behind them to `length`."""
-    return np.pad(np.asarray(ids, np.int32), (0, length - len(ids)))
+def right_pad(values: Sequence[int] | np.ndarray | None, length: int, fill: int = 0) -> np.ndarray:
+    """Values i32 of tokens, with `fill` behind them to `length`."""
+    values = np.asarray(values, np.int32)
+    ends = ((0, length - len(values)), *((0, 0),) * (values.ndim - 1))
+    return np.pad(values, ends, constant_values=fill)
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------
@@ -134,6 +137,8 @@ class Kept:
     k: Float[Array, "L S K H"]
     v: Float[Array, "L S K H"]
     order: Int[Array, "S"]
+    shift: Int[Array, ""] | None
+    """Of multimodal positions (`Cache.shift`)."""
     hidden: Float[Array, "T D"] | None
 
     @property
@@ -148,14 +153,17 @@ class Batch:
 
     ids: Int[Array, "B T"]
     lengths: Int[Array, "B"]
-    before: Int[Array, "B"]
-    """Image tokens in the prefix."""
+    slots: Int[Array, "B T"]
+    """Which row of the images' features, side by side, each token is; -1 for text."""
+    positions: Int[Array, "B T 3"] | None
+    """Of multimodal rotary embeddings."""
     features: tuple[tuple[Float[Array, "P D"], ...], ...]
     """[B][I]: one array per image, as it lies on the device."""
     prefix: tuple[Kept, ...]
     """[B], or empty: the whole prompt is in `ids`."""
-    image_starts: Int[Array, "B I"]
-    """Positions in the prompt, as are `rows`."""
+    cells: Int[Array, "B I C"]
+    """Positions in the prompt, as are `rows`; -1 for padding."""
+    shapes: Int[Array, "B I 2"]
     rows: Int[Array, "B R"]
     wanted: Bool[Array, "B R"]
 
@@ -166,9 +174,9 @@ def split(tree):
 
 
 @partial(jax.jit, static_argnames=("backend",))
-def _encode(params, config, pixels: Float[Array, "M E E 3"], *, backend) -> tuple[Float[Array, "P D"], ...]:
-    features = constrain(family_of(config).encode_images(params, config, pixels, backend=backend), (None, None, None))
-    return tuple(features[i] for i in range(len(pixels)))
+def _encode(params, config, images: Any, *, backend) -> tuple[Float[Array, "P D"], ...]:
+    features = constrain(family_of(config).encode_images(params, config, images, backend=backend), (None, None, None))
+    return tuple(features[i] for i in range(len(features)))
 
 
 @partial(jax.jit, static_argnames=("capacity", "spec", "build", "reduce", "backend"))
@@ -190,22 +198,27 @@ def _prefill(params, config, batch, plugins, taps_args, reduce_args, *, capacity
 def laid_out(config, batch: Batch, capacity: int | None = None) -> tuple[Row, Callable[..., Output]]:
     """A batch over the mesh: its rows before the pass, and the program `run(params, features, taps=, spec=, ...)`.
 
-    features: of the images, [B, I, P, D], where the batch has none.
+    features: of the images, [B, S, D], those of a row side by side, where the batch has none.
     """
     images, prefix = _images(batch.features), batch.prefix
     batch = replace(batch, features=(), prefix=())
     batch, images = split((batch, images))
     start = prefix[0].k.shape[1] if prefix else 0
-    keys = start + batch.ids.shape[1]
-    row = Row(batch.image_starts, start + batch.lengths, batch.rows, batch.wanted, None, None, config.grid, keys)
+    keys, cells = start + batch.ids.shape[1], batch.cells.shape[2]
+    grid = config.grid if cells == config.grid[0] * config.grid[1] else (1, cells)
+    lengths = start + batch.lengths
+    row = Row(batch.cells, lengths, batch.rows, batch.wanted, None, None, grid, keys, shapes=batch.shapes)
 
     def run(params, features=images, *, taps: Taps, spec: ReadSpec, **kwargs) -> Output:
         program = partial(family_of(config).prefill, capacity=capacity)
         if prefix:
             cache = _restack(prefix, jnp.full_like(batch.lengths, start), keys if capacity is None else capacity)
-            program = partial(family_of(config).extend, cache=cache, before=batch.before)
-        taps = replace(taps, rows=batch.rows - start)
-        out = program(params, config, batch.ids, batch.lengths, features=features, taps=taps, spec=spec, **kwargs)
+            program = partial(family_of(config).extend, cache=cache)
+        images = dict(features=features, slots=batch.slots, positions=batch.positions)
+        out = program(
+            params, config, batch.ids, batch.lengths, **images,
+            taps=replace(taps, rows=batch.rows - start), spec=spec, **kwargs,
+        )  # fmt: skip
         if prefix and "values" in spec.read:
             values = jnp.stack([out.cache.v[layer, :, :keys] for layer in spec.layers])
             out = replace(out, readouts=replace(out.readouts, values=values))
@@ -220,8 +233,8 @@ def seen(row: Row, out: Output) -> Row:
     return replace(row, readouts=readouts, logits=logits)
 
 
-def _images(features) -> Float[Array, "B I P D"] | None:
-    return jnp.stack([jnp.stack(row) for row in features]) if features[0] else None
+def _images(features) -> Float[Array, "B S D"] | None:
+    return jnp.stack([jnp.concatenate(row) for row in features]) if features[0] else None
 
 
 def _batch_second(taps: Taps) -> Taps:
@@ -284,11 +297,13 @@ def _yes_no(logits, *, yes, no) -> Float[Array, "B"]:
 @jax.jit
 def _unstack(cache: Cache, hidden) -> tuple[Kept, ...]:
     k, v = (constrain(x, (None, None, None, "kv_heads", None)) for x in (cache.k, cache.v))
-    order, rows = constrain(cache.order, (None, None)), range(cache.order.shape[0])
-    if hidden is None:
-        return tuple(Kept(k[:, i], v[:, i], order[i], None) for i in rows)
-    hidden = constrain(hidden, (None, None, None))
-    return tuple(Kept(k[:, i], v[:, i], order[i], hidden[i]) for i in rows)
+    order, shift, hidden = (
+        None if x is None else constrain(x, (None,) * x.ndim) for x in (cache.order, cache.shift, hidden)
+    )
+    return tuple(
+        Kept(k[:, i], v[:, i], *(None if x is None else x[i] for x in (order, shift, hidden)))
+        for i in range(len(cache.order))
+    )
 
 
 def _restack(kept: Sequence[Kept], lengths: Int[Array, "B"], capacity: int) -> Cache:
@@ -301,18 +316,20 @@ def _restack(kept: Sequence[Kept], lengths: Int[Array, "B"], capacity: int) -> C
     slots = order.shape[1]
     k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, capacity - slots), (0, 0), (0, 0))) for x in (k, v))
     order = jnp.pad(order, ((0, 0), (0, capacity - slots)), constant_values=NEVER)
-    return Cache(k, v, order, jnp.int32(slots), lengths)
+    shifts = [row.shift for row in kept if row.shift is not None]
+    shift = split(jnp.stack(shifts)) if shifts else None
+    return Cache(k, v, order, jnp.int32(slots), lengths, shift)
 
 
 @partial(jax.jit, static_argnames=("layers", "backend"))
-def _prefix(params, config, ids, features, *, layers, backend) -> tuple[Kept, ...]:
+def _prefix(params, config, ids, slots, positions, features, *, layers, backend) -> tuple[Kept, ...]:
     """Keys and values of the first `layers` layers for prompts' beginnings without padding."""
-    ids, images = split((ids, _images(features)))
+    ids, slots, positions, images = split((ids, slots, positions, _images(features)))
     lengths = jnp.full_like(ids[:, 0], ids.shape[1])
     # Reading the last layer takes it out of the scan; as only its keys and values are used, XLA drops the rest of it.
     spec = ReadSpec((layers - 1,), frozenset({"values"}), stop=layers)
     out = family_of(config).prefill(
-        params, config, ids, lengths, images, capacity=ids.shape[1], spec=spec, backend=backend
+        params, config, ids, lengths, images, slots, positions, capacity=ids.shape[1], spec=spec, backend=backend
     )
     return _unstack(out.cache, None)
 
@@ -326,12 +343,12 @@ def _extend(params, config, kept, cached, ids, lengths, *, capacity, backend) ->
 
 
 @partial(jax.jit, static_argnames=("layer", "capacity", "backend"))
-def _resume(params, config, kept, lengths, *, layer, capacity, backend) -> Output:
+def _resume(params, config, kept, lengths, positions, *, layer, capacity, backend) -> Output:
     """Run the layers from `layer` on over kept hidden states, and join the two caches."""
-    lengths, hidden = split((lengths, jnp.stack([row.hidden for row in kept])))
+    lengths, positions, hidden = split((lengths, positions, jnp.stack([row.hidden for row in kept])))
     below = _restack(kept, lengths, capacity)
     spec = ReadSpec(start=layer)
-    out = family_of(config).resume(params, config, hidden, lengths, spec, capacity=capacity, backend=backend)
+    out = family_of(config).resume(params, config, hidden, lengths, spec, positions, capacity=capacity, backend=backend)
     cache = replace(out.cache, k=jnp.concatenate([below.k, out.cache.k]), v=jnp.concatenate([below.v, out.cache.v]))
     return replace(out, cache=cache)
 
@@ -344,15 +361,15 @@ class Images:
 
     name = "images"
 
-    def work(self, model: str, vlm: VLM | Matcher, pixels: np.ndarray) -> Work:
-        flops = family_of(vlm.config).image_flops(vlm.config)
-        return Work((self, model), pixels, flops=flops, padded_flops=flops)
+    def work(self, model: str, vlm: VLM | Matcher, images: Any) -> Work:
+        flops = family_of(vlm.config).image_flops(vlm.config, images)
+        return Work((self, model, shapes((images,))), images, flops=flops, padded_flops=flops)
 
     def launch(self, engine, works, size):
         vlm = engine.models[works[0].key[1]]
-        pixels = np.stack(padded([work.data for work in works], size))
+        images = stacked(padded([work.data for work in works], size))
         with vlm.on_mesh():
-            features = _encode(vlm.params, vlm.config, pixels, backend=vlm.attention)
+            features = _encode(vlm.params, vlm.config, images, backend=vlm.attention)
         return lambda: list(jax.block_until_ready(features)[: len(works)])
 
 
@@ -365,32 +382,49 @@ class Prefixes:
     name = "prefix"
 
     def work(
-        self, model: str, vlm: VLM, ids: np.ndarray, layers: int | None, images: Sequence[tuple[Hashable, Work]]
+        self, model: str, vlm: VLM, begun: "Begun", layers: int | None, images: Sequence[tuple[Hashable, Work]]
     ) -> tuple[Hashable, Work]:
         """The name by which it is shared, and the work of the first layers (None: all).
 
-        ids: the tokens. images: names and works of the images in them, in order.
+        begun: the tokens. images: names and works of the images in them, in order.
         """
-        config, names = vlm.config.decoder, tuple(name for name, _ in images)
+        config, names, ids = vlm.config.decoder, tuple(name for name, _ in images), begun.ids
         depth: int = config.num_layers if layers is None else layers
-        key = (self, model, len(ids), len(images), depth)
+        key = (self, model, len(ids), begun.capacities, depth)
         # Of the last layer only keys and values are computed.
         flops = _prefill_flops(vlm, len(ids), depth - 1)
         flops += 4 * len(ids) * config.width * config.num_kv_heads * config.head_dim
-        return (*key, ids.tobytes(), names), Work(key, (ids, names), needs=dict(images), padded_flops=flops)
+        return (*key, ids.tobytes(), names), Work(key, (begun, names), needs=dict(images), padded_flops=flops)
 
     def launch(self, engine, works, size):
         _, model, _, _, layers = works[0].key
         (_, vlm), rows = engine.model(model), padded(works, size)
-        ids = np.stack([work.data[0] for work in rows])
+        ids, slots, positions = stacked([(b.ids, b.slots, b.positions) for b, _ in (work.data for work in rows)])
         features = tuple(tuple(work.got[name] for name in work.data[1]) for work in rows)
         with vlm.on_mesh():
-            kept = _prefix(vlm.params, vlm.config, ids, features, layers=layers, backend=vlm.attention)[: len(works)]
+            kept = _prefix(
+                vlm.params, vlm.config, ids, slots, positions, features, layers=layers, backend=vlm.attention
+            )[: len(works)]
         engine.prefixes.update(kept)
         return lambda: list(jax.block_until_ready(kept))
 
 
 PREFIXES = Prefixes()
+
+
+class Begun(NamedTuple):
+    """Tokens of a prompt, or of its beginning, and what they are."""
+
+    ids: np.ndarray
+    slots: np.ndarray
+    positions: np.ndarray | None
+    capacities: tuple[int, ...]
+    """Rows of the features of each image."""
+
+    def part(self, start: int, stop: int, images: int) -> "Begun":
+        """Some of the tokens, which see the first images."""
+        positions = None if self.positions is None else self.positions[start:stop]
+        return Begun(self.ids[start:stop], self.slots[start:stop], positions, self.capacities[:images])
 
 
 class Key(NamedTuple):
@@ -402,7 +436,10 @@ class Key(NamedTuple):
     """Tokens, padding included."""
     start: int
     """Tokens of the prefix, which the others follow; 0 without one."""
-    images: int
+    images: tuple[int, ...]
+    """Rows of the features of each image."""
+    cells: int
+    """Of an image, padding included."""
     rows: int
     static: Any
     args: tuple
@@ -413,7 +450,8 @@ class Prompted:
     """The data of a work with a prompt."""
 
     tokens: Tokens
-    geometries: tuple[Geometry, ...]
+    whole: Begun
+    images: tuple[ImageInput, ...]
     features: tuple[Hashable, ...]
     """Names of the images' features, in prompt order."""
     prefix: tuple[Hashable, ...]
@@ -428,6 +466,14 @@ class Prompted:
     @property
     def length(self) -> int:
         return len(self.tokens.ids)
+
+    @property
+    def image_tokens(self) -> tuple[int, ...]:
+        return tuple(image.tokens for image in self.images)
+
+    @property
+    def geometries(self) -> tuple[Geometry, ...]:
+        return tuple(image.geometry for image in self.images)
 
 
 class PromptHandler:
@@ -455,9 +501,14 @@ class PromptHandler:
         have. layers: how many run (None: all, and logits). shares: whether a prefix's keys and values would do.
         """
         model, vlm = engine.model(request.model)
-        tokens = vlm.tokenise(request.prompt, len(request.images))
+        setup = vlm.setup_of(len(request.images))
+        images = [engine.preprocessed(model, image, setup) for image in request.images]
+        inputs = tuple(image.input for image in images)
+        tokens = vlm.tokenise(request.prompt, [image.tokens for image in inputs])
         length = _bucket_of(engine, vlm, len(tokens.ids), room)
-        images = [engine.preprocessed(model, image) for image in request.images]
+        positions = vlm.positions(tokens, [image.geometry for image in inputs])
+        whole = Begun(tokens.ids, slots_of(tokens, inputs), positions, tuple(image.capacity for image in inputs))
+        cells = max((image.geometry.capacity or len(image.cells) for image in inputs), default=0)
         rows = wanted_rows(which, tokens)
         if not len(rows):
             raise UserError(f"rows={which!r} names no token of text in the prompt {tokens.text!r}; name a phrase of it")
@@ -465,17 +516,17 @@ class PromptHandler:
         wanted = np.arange(bucket(len(rows), SHORT, "the wanted rows")) < len(rows)
         rows = np.pad(rows, (0, len(wanted) - len(rows)), mode="edge").astype(np.int32)
         args = arrays(args)
-        names, geometries = tuple(image.name for image in images), tuple(image.geometry for image in images)
-        needs, prefix = {image.name: IMAGES.work(model, vlm, image.pixels) for image in images}, ()
+        names = tuple(image.name for image in images)
+        needs, prefix = {image.name: IMAGES.work(model, vlm, image.input.arrays) for image in images}, ()
         if start:
             length = start + min(bucket(len(tokens.ids) - start, REST, "the prompt"), vlm.max_length - start)
             begun = [(name, needs[name]) for name, (at, _) in zip(names, tokens.image_spans, strict=True) if at < start]
-            name, work = PREFIXES.work(model, vlm, tokens.ids[:start], layers, begun)
+            name, work = PREFIXES.work(model, vlm, whole.part(0, start, len(begun)), layers, begun)
             needs[name], prefix = work, (name,)
         flops = _prefill_flops(vlm, len(tokens.ids), layers)
         return Work(
-            key=Key(self, model, length, start, len(images), len(rows), static, shapes(args)),
-            data=Prompted(tokens, geometries, names, prefix, rows, wanted, args, seed, extra),
+            key=Key(self, model, length, start, whole.capacities, cells, len(rows), static, shapes(args)),
+            data=Prompted(tokens, whole, inputs, names, prefix, rows, wanted, args, seed, extra),
             text=tokens.text,
             needs=needs,
             flops=flops,
@@ -485,16 +536,21 @@ class PromptHandler:
 
     def batch(self, vlm: VLM, works: list[Work], size: int) -> Batch:
         """Prompts of one key as a batch of `size` rows."""
-        key, config, works = works[0].key, vlm.config, padded(works, size)
+        key, works = works[0].key, padded(works, size)
         rows, start = [work.data for work in works], key.start
-        skip = config.image_tokens - config.grid[0] * config.grid[1]  # a class token before the cells
+        width = key.length - start
+        rest = [row.whole.part(start, row.length, len(row.images)) for row in rows]
         return Batch(
-            ids=np.stack([right_pad(row.tokens.ids[start:], key.length - start) for row in rows]),
-            lengths=np.array([row.length - start for row in rows], np.int32),
-            before=np.array([(row.tokens.ids[:start] == config.image_token_id).sum() for row in rows], np.int32),
+            ids=np.stack([right_pad(part.ids, width) for part in rest]),
+            lengths=np.array([len(part.ids) for part in rest], np.int32),
+            slots=np.stack([right_pad(part.slots, width, -1) for part in rest]),
+            positions=None
+            if rest[0].positions is None
+            else np.stack([right_pad(part.positions, width) for part in rest]),
             features=tuple(tuple(work.got[name] for name in work.data.features) for work in works),
             prefix=tuple(work.got[name] for work in works for name in work.data.prefix),
-            image_starts=np.array([[at + skip for at, _ in row.tokens.image_spans] for row in rows], np.int32),
+            cells=np.stack([_cells(row, key.cells) for row in rows]),
+            shapes=np.array([[g.grid for g in row.geometries] for row in rows], np.int32).reshape(len(rows), -1, 2),
             rows=np.stack([row.rows for row in rows]),
             wanted=np.stack([row.wanted for row in rows]),
         )
@@ -509,6 +565,13 @@ class PromptHandler:
                 capacity=capacity, spec=spec, build=build, reduce=reduce, backend=vlm.attention,
             )  # fmt: skip
         return vlm, result
+
+
+def _cells(row: Prompted, count: int) -> Int[np.ndarray, "I C"]:
+    """Positions in the prompt of the cells of each image, -1 behind them."""
+    spans = zip(row.tokens.image_spans, row.images, strict=True)
+    found = [right_pad(at + image.cells, count, -1) for (at, _), image in spans]
+    return np.stack(found) if found else np.zeros((0, count), np.int32)
 
 
 @dataclass(frozen=True)
@@ -559,10 +622,11 @@ def _generate(
 
 @dataclass(frozen=True, eq=False)
 class _Said:
-    """One row on its way into decoding: its tokens so far, its images, its seed and the strings that end its answer."""
+    """One row on its way into decoding: its tokens so far, its seed and the strings that end its answer."""
 
     ids: np.ndarray
-    images: int
+    image_tokens: tuple[int, ...]
+    """Of each image."""
     seed: tuple[int, int]
     stop: tuple[str, ...]
 
@@ -573,11 +637,14 @@ class State:
 
     model: str
     ids: np.ndarray
-    images: int
+    image_tokens: tuple[int, ...]
+    """Of each image."""
     kept: Kept
     cached: int
     layer: int | None = None
     """Where a reading stopped."""
+    positions: np.ndarray | None = None
+    """Of its tokens, where they are not counted from 0."""
 
     @property
     def nbytes(self) -> int:
@@ -592,7 +659,7 @@ def _reply(model: str, vlm: VLM, row: _Said, ids: list[int], kept: Kept | None, 
     if kept is None:
         return Reply(text, tuple(ids), count, value=value)
     said = np.concatenate([row.ids, np.array(ids, np.int32)])
-    return Reply(text, tuple(ids), count, State(model, said, row.images, kept, min(cached, len(said))))
+    return Reply(text, tuple(ids), count, State(model, said, row.image_tokens, kept, min(cached, len(said))))
 
 
 def _before_stop(vlm: VLM, ids: list[int], stop: tuple[str, ...]) -> list[int]:
@@ -626,7 +693,7 @@ class GenerateHandler(PromptHandler):
         plugins = () if plugin.value is None else (plugin.value,)
         capacity = key.length + sampling.max_new_tokens
         _, (out, edits, value, _) = self.prefill(engine, works, size, capacity=capacity, build=build, plugins=plugins)
-        rows = [_Said(d.tokens.ids, len(d.features), d.seed, d.extra) for d in (work.data for work in works)]
+        rows = [_Said(d.tokens.ids, d.image_tokens, d.seed, d.extra) for d in (work.data for work in works)]
         return _generate(engine, key.model, size, out, edits, sampling, rows, value)
 
 
@@ -684,7 +751,9 @@ class ReadHandler(PromptHandler):
             values, fine = jax.device_get((value, finite))
 
             def reading(i, data, row):
-                state = row and State(key.model, data.tokens.ids, len(data.features), row, data.length, spec.stop)
+                state = row and State(
+                    key.model, data.tokens.ids, data.image_tokens, row, data.length, spec.stop, data.whole.positions
+                )
                 return Reading(jax.tree.map(lambda x: np.take(x, i, axis), values), data.geometries, state)
 
             return [
@@ -788,7 +857,7 @@ class ContinueHandler:
                 _prefill_flops(vlm, n, None) - _prefill_flops(vlm, n, state.layer) for n in (len(ids), slots)
             )
         else:
-            tokens = vlm.tokenise(request.prompt, state.images)
+            tokens = vlm.tokenise(request.prompt, state.image_tokens)
             text, ids = tokens.text, tokens.ids
             _bucket_of(engine, vlm, len(ids), request.max_new_tokens)
             common = _common(state.ids[: state.cached], ids)
@@ -801,7 +870,7 @@ class ContinueHandler:
             )
         work = Work(
             key=(self, state.model, slots, width, state.layer, sampling),
-            data=(state, ids, common, _Said(ids, state.images, seed, request.stop)),
+            data=(state, ids, common, _Said(ids, state.image_tokens, seed, request.stop)),
             text=text,
             flops=flops,
             padded_flops=padded_flops,
@@ -820,7 +889,9 @@ class ContinueHandler:
                 lengths = np.array([len(ids) - start for _, ids, start, _ in rows], np.int32)
                 out = _extend(vlm.params, vlm.config, kept, common, new, lengths, **static)
             else:
-                out = _resume(vlm.params, vlm.config, kept, common, layer=layer, **static)
+                places = [state.positions for state, *_ in rows]
+                positions = None if places[0] is None else np.stack([right_pad(p, slots) for p in places])
+                out = _resume(vlm.params, vlm.config, kept, common, positions, layer=layer, **static)
         return _generate(engine, model, size, out, (), sampling, [work.data[3] for work in works])
 
 

@@ -25,6 +25,7 @@ from jaxvqa.models import blip_itm
 from jaxvqa.models.blip_itm import MATCH, BlipItm, BlipItmConfig
 from jaxvqa.sharding import BATCH, constrain
 from jaxvqa.typing import Array, Float, Int
+from jaxvqa.vision.inputs import ImageInput
 
 MAX_WORDS, MAX_TOKENS = 50, 35
 """Of a text, as LAVIS processes captions; the tokens include the first and the last one."""
@@ -110,6 +111,12 @@ class Matcher(nnx.Module):
         width, height = image.size
         place = geometry.for_squash(width, height, self.config.vision.image_size, self.config.grid)
         return np.ascontiguousarray(pixels.transpose(1, 2, 0), np.float32), place
+
+    def process(self, image: Any, bucket: None = None, setup: None = None) -> ImageInput:
+        """The same, as the engine takes it."""
+        pixels, place = self.preprocess(image)
+        cells = place.grid[0] * place.grid[1]
+        return ImageInput(pixels, place, np.arange(1, cells + 1, dtype=np.int32), cells + 1, cells + 1)
 
     def tokenise(self, text: str) -> np.ndarray:
         """Token ids i32 of a text (see `clean`); what exceeds 35 tokens is cut off before the last one ([SEP]), with a

@@ -45,8 +45,8 @@ def _match_gradient(
     def reduced(length, logits, probs, slopes, *args):
         h, w = config.grid
         at = jnp.arange(ids.shape[1])
-        first = jnp.zeros(1, jnp.int32)
-        return reduce(Row(first, length, at, at < length, Readouts(probs), logits, (h, w), h * w, slopes), *args)
+        cells = jnp.arange(h * w)[None]
+        return reduce(Row(cells, length, at, at < length, Readouts(probs), logits, (h, w), h * w, slopes), *args)
 
     return jax.vmap(reduced)(lengths, logits, probs, slopes, *args), finite
 
@@ -98,9 +98,9 @@ class _PairHandler:
         )
         return Work(
             key=Key(self, model, length, static, shapes(args)),
-            data=Paired(ids, image.name, (image.geometry,), args),
+            data=Paired(ids, image.name, (image.input.geometry,), args),
             text=request.prompt,
-            needs={image.name: IMAGES.work(model, matcher, image.pixels)},
+            needs={image.name: IMAGES.work(model, matcher, image.input.arrays)},
             flops=flops,
             padded_flops=padded_flops,
             cost=lambda result: (0, flops),

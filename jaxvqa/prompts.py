@@ -35,9 +35,11 @@ _SYSTEM = (
 class Template:
     """How turns become one string.
 
-    `system` opens the prompt, `user` each question, `assistant` each answer; `answer_end` closes a past answer.
+    `system` opens the prompt, `user` each question, `assistant` each answer; a past answer follows `answer_start` and
+    is closed by `answer_end`. `image_open` and `image_close` stand around each image's tokens.
     Images without a marker of their own go before the first question, each followed by `image_break`; with
     `images_first` they precede `user` and are followed by one `image_break` in all.
+    With `images_outside` their tokens precede even the one that begins a text (BOS).
     `ending_break` is what separates the question from the `short` ending; `ending` is the ending used by default.
     """
 
@@ -45,13 +47,36 @@ class Template:
     system: str
     user: str = "USER: "
     assistant: str = " ASSISTANT:"
+    answer_start: str = " "
     answer_end: str = "</s>"
+    image_open: str = ""
+    image_close: str = ""
     images_first: bool = False
     image_break: str = "\n"
     ending: str = "open"
     ending_break: str = "\n"
     joined: bool = False
+    images_outside: bool = False
 
+
+def _chatml(name: str, system: str, image_open: str = "", image_close: str = "", image_break: str = "\n") -> Template:
+    """The turns of the Qwen models, and of those that have one as their decoder."""
+    return Template(
+        name,
+        system,
+        user="<|im_start|>user\n",
+        assistant="<|im_end|>\n<|im_start|>assistant\n",
+        answer_start="",
+        answer_end="<|im_end|>\n",
+        image_open=image_open,
+        image_close=image_close,
+        image_break=image_break,
+        joined=True,
+    )
+
+
+_HELPFUL = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+_VISION = "<|vision_start|>", "<|vision_end|>", ""
 
 TEMPLATES = {
     template.name: template
@@ -66,6 +91,21 @@ TEMPLATES = {
             ending="short",
             ending_break=" ",
             joined=True,
+        ),
+        _chatml("qwen_1_5", _HELPFUL),  # LLaVA-OneVision
+        _chatml("qwen2_5_vl", _HELPFUL, *_VISION),
+        _chatml("qwen3_vl", "", *_VISION),
+        _chatml("internvl", "", "<img>", "</img>"),
+        Template(
+            "instructblip",
+            "",
+            user="Question: ",
+            assistant=" Short answer:",
+            answer_end="\n",
+            images_first=True,
+            image_break="",
+            joined=True,
+            images_outside=True,
         ),
     )
 }
@@ -124,6 +164,7 @@ class Prompt:
     chunks: tuple[str | ImageSlot, ...]
     roles: tuple[str, ...]
     joined: bool = False
+    images_outside: bool = False
 
     def __post_init__(self):
         for chunk, role in zip(self.chunks, self.roles, strict=True):
@@ -178,7 +219,7 @@ def render(
             f"write one marker per image, or none to put the images first"
         )
 
-    build = _Builder()
+    build = _Builder(template)
     build.text(template.system, "system")
     placed = 0 if markers else num_images
     if template.images_first and placed:
@@ -186,7 +227,7 @@ def render(
         build.text(template.image_break, "template")
     for number, turn in enumerate(turns):
         if number % 2:
-            build.text(" ", "template")
+            build.text(template.answer_start, "template")
             build.text(turn, "assistant")
             build.text(template.answer_end, "template")
             continue
@@ -203,7 +244,7 @@ def render(
         else:
             build.user(turn)
         build.text(template.assistant, "template")
-    return build.prompt(template.joined)
+    return build.prompt()
 
 
 def worded(
@@ -230,8 +271,8 @@ def stem(question: str) -> str:
 
 
 class _Builder:
-    def __init__(self):
-        self.chunks, self.roles, self.count = [], [], 0
+    def __init__(self, template: Template):
+        self.template, self.chunks, self.roles, self.count = template, [], [], 0
 
     def text(self, text: str, role: str):
         if text:
@@ -240,17 +281,20 @@ class _Builder:
 
     def images(self, number: int):
         for _ in range(number):
+            self.text(self.template.image_open, "template")
             self.chunks.append(ImageSlot(self.count))
             self.roles.append("image")
             self.count += 1
+            self.text(self.template.image_close, "template")
 
     def user(self, question: str):
         for number, piece in enumerate(question.split(MARKER)):
             self.images(min(number, 1))
             self.text(piece, "user")
 
-    def prompt(self, joined: bool) -> Prompt:
-        return Prompt(tuple(self.chunks), tuple(self.roles), joined)
+    def prompt(self) -> Prompt:
+        template = self.template
+        return Prompt(tuple(self.chunks), tuple(self.roles), template.joined, template.images_outside)
 
 
 def _named(name: str, table: dict, kind: str):
@@ -390,17 +434,36 @@ def _after_stops(text: str, stop: str | None) -> list[str]:
 
 
 def _joined(tokenizer, prompt: Prompt, image_token_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """The whole string at once; the marker must be one added token."""
-    ids, offsets = _encode(tokenizer, prompt.text, special=True)
+    """The whole string at once; the tokenizer's own image marker must be one added token."""
+    if prompt.images_outside:
+        return _outside(tokenizer, prompt, image_token_id)
+    marker = tokenizer.convert_ids_to_tokens(image_token_id) or MARKER
+    if marker != MARKER and marker in prompt.text:
+        raise UserError(f"the text {prompt.text!r} contains the image token itself ({marker})")
+    ids, offsets = _encode(tokenizer, prompt.text.replace(MARKER, marker), special=True)
     ids, offsets = np.array(ids, np.int64), np.array(offsets, np.int64).reshape(-1, 2)
-    found = int((ids == image_token_id).sum())
-    if found != prompt.num_images:
+    slots = ids == image_token_id
+    if (found := int(slots.sum())) != prompt.num_images:
         raise JaxVQAError(
             f"the tokenizer finds {found} image tokens (id {image_token_id}) in a prompt with {prompt.num_images} "
-            f"images; it must know {MARKER!r} as one added token"
+            f"images; it must know {marker!r} as one added token"
         )
-    offsets[ids == image_token_id, 1] = offsets[ids == image_token_id, 0]
+    longer = (np.cumsum(slots) - slots) * (len(marker) - len(MARKER))  # of the images before each token
+    offsets = np.where((offsets[:, :1] < offsets[:, 1:]) | slots[:, None], offsets - longer[:, None], 0)
+    offsets[slots, 1] = offsets[slots, 0]
     return ids, offsets
+
+
+def _outside(tokenizer, prompt: Prompt, image_token_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """One placeholder per image, and then the text as it is without them."""
+    count = prompt.num_images
+    text = prompt.text.removeprefix(MARKER * count)
+    if MARKER in text:
+        raise UserError(f"the prompt {prompt.text!r} has an image behind text; this model takes images first")
+    ids, offsets = _encode(tokenizer, text, special=True)
+    first = len(MARKER) * np.arange(count)
+    offsets = np.array(offsets, np.int64).reshape(-1, 2) + len(MARKER) * count
+    return np.array([image_token_id] * count + ids, np.int64), np.concatenate([np.stack([first, first], 1), offsets])
 
 
 def _roles(prompt: Prompt, offsets: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
 from PIL import Image
@@ -79,8 +79,8 @@ class Sample:
 class Row:
     """What a reduction (`Read.reduce`) or a builder of taps (`Generate.taps`) sees of its sample, on the device."""
 
-    image_starts: Int[Array, "I"]
-    """Position of the first cell of each image."""
+    cells: Int[Array, "I C"]
+    """Position in the prompt of each cell of each image, row by row of its geometry's grid; -1 for padding."""
     length: Int[Array, ""]
     """Tokens of the prompt."""
     rows: Int[Array, "R"]
@@ -93,22 +93,32 @@ class Row:
     logits: Float[Array, "V"] | None
     """After the last token; None before the forward pass."""
     grid: tuple[int, int] = field(metadata={"static": True})
-    """Token rows and columns of an image."""
+    """Token rows and columns of an image; (1, C) where they vary, and the cells are padded to C."""
     keys: int = field(metadata={"static": True})
     """Length S of a key axis that covers the prompt and the answer."""
     gradient: Float[Array, "..."] | None = None
     """What `Gradient` asked for: ∂y/∂A [C, N, R, S] beside `readouts.rows`, or ∂y/∂X [I, E, E, 3]; otherwise None."""
+    shapes: Int[Array, "I 2"] | None = None
+    """Rows and columns of each image's grid; None of a matching model."""
 
     def on_image(self, x: Float[Array, "*A S"], image: int = 0) -> Float[Array, "*A h w"]:
-        """The part of a key axis (the last) that lies on one image, on its token grid.
+        """The part of a key axis (the last) that lies on one image, on `grid`; 0 at padding.
 
-        Raises UserError where the request has no such image.
+        `Geometry.on_grid` gives it the image's own shape. Raises UserError where the request has no such image.
         """
-        h, w = self.grid
-        if not 0 <= image < len(self.image_starts):
-            raise UserError(f"cannot look at image {image} of a request with {len(self.image_starts)} images")
-        cells = jax.lax.dynamic_slice_in_dim(x, self.image_starts[image], h * w, axis=-1)
-        return cells.reshape(*x.shape[:-1], h, w)
+        if not 0 <= image < len(self.cells):
+            raise UserError(f"cannot look at image {image} of a request with {len(self.cells)} images")
+        at = self.cells[image]
+        cells = jnp.take(x, jnp.maximum(at, 0), axis=-1)
+        return jnp.where(at >= 0, cells, 0).reshape(*x.shape[:-1], *self.grid)
+
+    def on_keys(self, cells: Float[Array | np.ndarray, "*A h w"], image: int = 0) -> Float[Array, "*A S"]:
+        """The inverse of `on_image`: an edit of one image's cells as one of all keys, zero elsewhere."""
+        flat, at = cells.reshape(*cells.shape[:-2], -1), self.cells[image]
+        # A sum and a look-up: a mesh that splits the batch would not know how to split a scatter.
+        here = at[:, None] == jnp.arange(self.keys)
+        cell = jnp.where(here, jnp.arange(1, len(at) + 1)[:, None], 0).sum(0) - 1
+        return jnp.where(cell >= 0, jnp.take(flat, jnp.maximum(cell, 0), axis=-1), 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,4 +390,6 @@ def as_tuple(images: Any) -> tuple[Any, ...]:
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, (str, int, float, bool, list, tuple, dict, type(None))) else repr(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool, dict, type(None))) else repr(value)

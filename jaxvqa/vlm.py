@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,14 @@ from jaxvqa.attention import BACKENDS
 from jaxvqa.decoding import Decoded, Output
 from jaxvqa.errors import JaxVQAError, UserError
 from jaxvqa.geometry import Geometry
-from jaxvqa.images import open_image, pad_to_square
+from jaxvqa.images import open_image
 from jaxvqa.methods import Facts
 from jaxvqa.models import family_of, fingerprint
-from jaxvqa.prompts import MARKER, TEMPLATES, ImageSlot, Prompt, Tokens, render, tokenise
+from jaxvqa.prompts import MARKER, TEMPLATES, ImageSlot, Prompt, Template, Tokens, render, tokenise
 from jaxvqa.sharding import BATCH, constrain
 from jaxvqa.taps import Plugin, ReadSpec, Taps
-from jaxvqa.typing import Array, Float, Int
-
-# Preprocessing -> the prompt template with which its published results were made (spec of LLaVA-1.5's two setups).
-TEMPLATE_OF_SETUP = {"pad": "vicuna_v1", "hf": "vicrop_hf"}
+from jaxvqa.typing import Array, Int
+from jaxvqa.vision.inputs import ImageInput
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +37,16 @@ class Encoded:
     """One prompt with its images, on the host."""
 
     tokens: Tokens
-    pixels: np.ndarray
-    """f32 [I, E, E, 3], normalised."""
-    geometries: tuple[Geometry, ...]
+    images: tuple[ImageInput, ...]
+    slots: Int[np.ndarray, "T"]
+    """Which row of the images' features, side by side, each token is; -1 for text."""
+    positions: Int[np.ndarray, "T 3"] | None
+    """Of multimodal rotary embeddings; None counts from 0."""
+
+    @property
+    def geometries(self) -> tuple[Geometry, ...]:
+        """Where the tokens of each image look."""
+        return tuple(image.geometry for image in self.images)
 
 
 @register_dataclass
@@ -50,30 +56,58 @@ class Inputs:
 
     ids: Int[Array, "B T"]
     lengths: Int[Array, "B"]
-    pixels: Float[Array, "B I E E 3"] | None
-    """None where no row has an image; rows with fewer images are filled with zeros."""
+    images: Any
+    """Arrays [B, I, ...] of `ImageInput`; None where no row has an image. Rows with fewer are filled with zeros."""
+    slots: Int[Array, "B T"] | None
+    positions: Int[Array, "B T 3"] | None
 
 
 def collate(rows: Sequence[Encoded], *, length: int | None = None, images: int | None = None) -> Inputs:
-    """A batch of prompts, padded to `length` tokens and `images` images (default: the longest row's)."""
+    """A batch of prompts, padded to `length` tokens and `images` images (default: the longest row's).
+
+    Raises UserError for prompts that are longer, and for images that were made ready for different buckets.
+    """
     lengths = np.array([len(row.tokens.ids) for row in rows], np.int32)
     length = int(lengths.max()) if length is None else length
-    images = max(len(row.pixels) for row in rows) if images is None else images
+    images = max(len(row.images) for row in rows) if images is None else images
     if lengths.max() > length:
         raise UserError(f"a prompt of {lengths.max()} tokens does not fit a batch of length {length}")
-    ids = np.stack([np.pad(row.tokens.ids, (0, length - len(row.tokens.ids))) for row in rows])
-    pixels = None
-    if images:
-        missing = ((0, 0),) * 3
-        pixels = np.stack([np.pad(row.pixels, ((0, images - len(row.pixels)), *missing)) for row in rows])
-    return Inputs(ids, lengths, pixels)
+
+    def padded(values, fill=0):
+        return np.stack(
+            [np.pad(x, ((0, length - len(x)), *[(0, 0)] * (x.ndim - 1)), constant_values=fill) for x in values]
+        )
+
+    arrays, slots = None, None
+    given = [image for row in rows for image in row.images]
+    if given:
+        if len(capacities := {image.capacity for image in given}) > 1:
+            raise UserError(
+                f"images of different buckets {sorted(capacities)} in one batch: encode all with bucket=, the largest"
+            )
+        empty = jax.tree.map(np.zeros_like, given[0].arrays)
+        filled = [[*(image.arrays for image in row.images), *[empty] * images][:images] for row in rows]
+        arrays = jax.tree.map(lambda *x: np.stack(x).reshape(len(rows), images, *x[0].shape), *chain(*filled))
+        slots = padded([row.slots for row in rows], -1)
+    positions = None if rows[0].positions is None else padded([row.positions for row in rows])
+    return Inputs(padded([row.tokens.ids for row in rows]), lengths, arrays, slots, positions)
+
+
+def slots_of(tokens: Tokens, images: Sequence[ImageInput]) -> Int[np.ndarray, "T"]:
+    """Which row of the images' features, side by side, each token of a prompt is; -1 for text."""
+    slots, first = np.full(len(tokens.ids), -1, np.int32), 0
+    for (at, count), image in zip(tokens.image_spans, images, strict=True):
+        slots[at : at + count] = first + np.arange(count)
+        first += image.capacity if image.stride is None else image.stride
+    return slots
 
 
 class VLM(nnx.Module):
     """A vision-language model, ready to use; made by `load`.
 
-    image_setup: "pad" (to a square with the mean colour, the original LLaVA-1.5) or "hf" (what the checkpoint's image
-        processor does by itself: a centre crop, for LLaVA-1.5).
+    image_setup: how images are made ready, one of the family's `SETUPS` (None: the first): "pad" (to a square with the
+        mean colour, the original LLaVA-1.5) or "hf" (what the checkpoint's image processor does by itself).
+    image_buckets: sizes to which images are padded, ascending, in the family's unit (None: its `default_buckets`).
     attention: name of an attention backend (`jaxvqa.attention`).
     """
 
@@ -85,29 +119,40 @@ class VLM(nnx.Module):
         image_processor: Any,
         *,
         name: str,
-        image_setup: str = "pad",
+        image_setup: str | None = None,
+        image_buckets: tuple[int, ...] | None = None,
         attention: str = "auto",
         eos_ids: tuple[int, ...] = (),
         mesh: Mesh | None = None,
     ):
-        if image_setup not in TEMPLATE_OF_SETUP:
-            raise UserError(f"image_setup {image_setup!r}: expected one of {', '.join(TEMPLATE_OF_SETUP)}")
+        family = family_of(config)
+        image_setup = next(iter(family.SETUPS)) if image_setup is None else image_setup
+        if image_setup not in family.SETUPS:
+            raise UserError(f"image_setup {image_setup!r}: expected one of {', '.join(family.SETUPS)}")
         if attention not in (*BACKENDS, "auto"):
             raise UserError(f"attention backend {attention!r}: expected one of {', '.join(BACKENDS)}, auto")
         self.config, self.params = config, nnx.data(params)
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.name, self.image_setup, self.attention, self.mesh = name, image_setup, attention, mesh
         self.eos_ids = eos_ids or (tokenizer.eos_token_id,)
-        _check_processor(image_processor, config.vision.image_size)
+        family.check_processor(config, image_processor)
+        self.image_buckets = image_buckets or family.default_buckets(config, image_processor)
+        if any(a >= b for a, b in pairwise((0, *self.image_buckets))):
+            raise UserError(f"image_buckets are {self.image_buckets}; expected numbers that ascend")
 
     @property
     def facts(self) -> Facts:
         """What methods may know of this model."""
-        config = self.config
-        template = TEMPLATE_OF_SETUP[self.image_setup]
-        view = "pad" if self.image_setup == "pad" else "crop" if self.image_processor.do_center_crop else "squash"
-        depth, side, said = config.decoder.num_layers, config.vision.image_size, fingerprint(config)
-        return Facts(self.name, depth, side, config.grid, template, view, said)
+        config, place = self.config, _Place(self)
+        side = config.vision.image_size
+        detail = place((side, side)).mode in ("tiles", "native")
+        template, said = family_of(config).SETUPS[self.image_setup], fingerprint(config)
+        return Facts(self.name, config.decoder.num_layers, side, config.grid, template, place, detail, said)
+
+    @property
+    def template(self) -> Template:
+        """The prompt template that the model was trained with."""
+        return TEMPLATES[family_of(self.config).SETUPS[self.image_setup]]
 
     @property
     def max_length(self) -> int:
@@ -115,27 +160,38 @@ class VLM(nnx.Module):
         return self.config.decoder.max_length
 
     def reply_ids(self, text: str) -> list[int]:
-        """Tokens of `text` as a reply (after "ASSISTANT:", with the space that precedes it), and the end of text."""
-        encode = functools.partial(self.tokenizer.encode, add_special_tokens=False)
-        before, whole = encode("ASSISTANT:"), encode(f"ASSISTANT: {text}")
+        """Tokens of `text` as a reply (with the space that the template puts before it), and the end of text."""
+        encode, template = functools.partial(self.tokenizer.encode, add_special_tokens=False), self.template
+        asked = template.assistant.lstrip()
+        before, whole = encode(asked), encode(f"{asked}{template.answer_start}{text}")
         ids = whole[len(before) :] if whole[: len(before)] == before else encode(text)
         return [*ids, self.eos_ids[0]]
 
-    def preprocess(self, image: Image.Image) -> tuple[np.ndarray, Geometry]:
-        """Pixels for the encoder, f32 [E, E, 3], and where each image token looks."""
-        processor = self.image_processor
-        red, green, blue = (int(255 * mean) for mean in processor.image_mean)
-        image_in = pad_to_square(image, (red, green, blue)) if self.image_setup == "pad" else image
-        pixels = processor(images=[image_in], return_tensors="np")["pixel_values"][0]
-        return np.ascontiguousarray(pixels.transpose(1, 2, 0), np.float32), self.facts.geometry(image.size)
+    def process(self, image: Image.Image, bucket: int | None = None, setup: str | None = None) -> ImageInput:
+        """An image as the encoder takes it, and where its tokens look.
 
-    def tokenise(self, prompt: Prompt | str, num_images: int) -> Tokens:
-        """Token ids and spans of a prompt. Raises UserError where it does not fit the images or the context."""
+        bucket: what to pad it to, in the unit of `image_buckets` (None: the smallest of these that holds it).
+        setup: None is `image_setup`; see `setup_of`.
+        """
+        buckets, setup = self.image_buckets if bucket is None else (bucket,), setup or self.image_setup
+        return family_of(self.config).process(self.config, self.image_processor, image, buckets, setup)
+
+    def setup_of(self, num_images: int) -> str:
+        """How the images of a prompt are made ready: some families see several at once otherwise than one alone."""
+        return getattr(family_of(self.config), "SEVERAL", self.image_setup) if num_images > 1 else self.image_setup
+
+    def tokenise(self, prompt: Prompt | str, image_tokens: int | Sequence[int]) -> Tokens:
+        """Token ids and spans of a prompt. Raises UserError where it does not fit the images or the context.
+
+        image_tokens: of each image (`ImageInput.tokens`); a number says how many images of the nominal size there are.
+        """
+        counts = [self.config.image_tokens] * image_tokens if isinstance(image_tokens, int) else list(image_tokens)
+        num_images = len(counts)
         if isinstance(prompt, str):
             prompt = self._prompt(prompt, num_images)
         if prompt.num_images != num_images:
             raise UserError(f"the prompt has {prompt.num_images} image places, {num_images} images were given")
-        tokens = tokenise(self.tokenizer, prompt, self.config.image_token_id, self.config.image_tokens)
+        tokens = tokenise(self.tokenizer, prompt, self.config.image_token_id, counts)
         if len(tokens.ids) > self.max_length:
             raise UserError(
                 f"the prompt has {len(tokens.ids)} tokens, the context of {self.name} {self.max_length}; "
@@ -145,28 +201,36 @@ class VLM(nnx.Module):
 
     def _prompt(self, text: str, num_images: int) -> Prompt:
         """A text with image markers is the whole prompt; one without is a question for the model's own template."""
+        template = self.template
         if MARKER not in text:
-            return render(self.facts.template, text, num_images=num_images)
+            return render(template, text, num_images=num_images)
         first, *rest = text.split(MARKER)
         chunks: list[str | ImageSlot] = [first]
         for i, piece in enumerate(rest):
-            chunks += [ImageSlot(i), piece]
+            chunks += [template.image_open, ImageSlot(i), template.image_close, piece]
         chunks = [chunk for chunk in chunks if chunk != ""]
         roles = tuple("user" if isinstance(chunk, str) else "image" for chunk in chunks)
-        return Prompt(tuple(chunks), roles, joined=TEMPLATES[self.facts.template].joined)
+        return Prompt(tuple(chunks), roles, template.joined, template.images_outside)
 
-    def encode(self, images: Any, prompt: Prompt | str) -> Encoded:
+    def positions(self, tokens: Tokens, geometries: Sequence[Geometry]) -> Int[np.ndarray, "T 3"] | None:
+        """Positions of multimodal rotary embeddings; None for a model without them, which counts from 0."""
+        if self.config.decoder.mrope is None:
+            return None
+        return family_of(self.config).positions(self.config, tokens.ids, geometries)
+
+    def encode(self, images: Any, prompt: Prompt | str, bucket: int | None = None) -> Encoded:
         """A prompt and its images, ready for `collate` or `prefill`.
 
         images: a list of what `images.open_image` accepts (a single one is taken as a list).
         prompt: a rendered prompt; or its text with one `<image>` per image; or just a question.
+        bucket: as in `process`; prompts of one batch need the same.
         """
         images = [images] if not isinstance(images, (list, tuple)) else images
-        tokens = self.tokenise(prompt, len(images))
-        pairs = [self.preprocess(open_image(image)) for image in images]
-        side = self.config.vision.image_size
-        pixels = np.stack([p for p, _ in pairs]) if pairs else np.zeros((0, side, side, 3), np.float32)
-        return Encoded(tokens, pixels, tuple(g for _, g in pairs))
+        setup = self.setup_of(len(images))
+        made = tuple(self.process(open_image(image), bucket, setup) for image in images)
+        tokens = self.tokenise(prompt, [image.tokens for image in made])
+        positions = self.positions(tokens, [image.geometry for image in made])
+        return Encoded(tokens, made, slots_of(tokens, made), positions)
 
     def prefill(
         self,
@@ -226,16 +290,18 @@ class VLM(nnx.Module):
 def _prefill(params, config, inputs: Inputs, taps, spec, plugins, capacity: int, backend: str) -> Output:
     family, features = family_of(config), None
     inputs = jax.tree.map(lambda x: constrain(x, BATCH), inputs)
-    if inputs.pixels is not None:
-        rows, images = inputs.pixels.shape[:2]
-        features = family.encode_images(params, config, jax.lax.collapse(inputs.pixels, 0, 2), backend=backend)
-        features = features.reshape(rows, images, *features.shape[1:])
+    if inputs.images is not None:
+        images = jax.tree.map(lambda x: jax.lax.collapse(x, 0, 2), inputs.images)
+        features = family.encode_images(params, config, images, backend=backend)
+        features = features.reshape(len(inputs.ids), -1, features.shape[-1])
     return family.prefill(
         params,
         config,
         inputs.ids,
         inputs.lengths,
         features,
+        inputs.slots,
+        inputs.positions,
         capacity=capacity,
         taps=taps,
         spec=spec,
@@ -267,13 +333,15 @@ def load(
     dtype: str | None = None,
     mesh: Mesh | None = None,
     attention: str = "auto",
-    image_setup: str = "pad",
+    image_setup: str | None = None,
+    image_buckets: tuple[int, ...] | None = None,
     **kwargs: Any,
 ) -> VLM:
     """Load a model: a Hugging Face folder or hub id, a folder written by `jaxvqa convert`, or an adapter folder.
 
     dtype: "bfloat16", "float16" or "float32" (default: float32 on CPU, bfloat16 elsewhere).
     mesh: a mesh of `jaxvqa.sharding.make_mesh`; each process then reads its own shards only.
+    attention, image_setup, image_buckets: as in `VLM`.
     Further arguments go to `jaxvqa.convert.load` (`vision_tower`, `base`).
     Raises `JaxVQAError` for a source that is missing, incomplete, of another architecture, or not safetensors.
     """
@@ -299,6 +367,7 @@ def load(
         image_processor,
         name=local.name if (local := Path(source).expanduser()).exists() else str(source),
         image_setup=image_setup,
+        image_buckets=image_buckets,
         attention=attention,
         eos_ids=_eos_ids(folder, tokenizer),
         mesh=mesh,
@@ -313,11 +382,16 @@ def _eos_ids(folder: Path, tokenizer) -> tuple[int, ...]:
     return tuple(ids) if isinstance(ids, list) else (ids,)
 
 
-def _check_processor(processor, side: int):
-    """The processor must show the encoder whole squares of its side: with another size, cells and pixels would part."""
-    sizes = [dict(processor.size)] + ([dict(processor.crop_size)] if processor.do_center_crop else [])
-    found = {size.get(name, size.get("shortest_edge")) for size in sizes for name in ("height", "width")}
-    if found != {side}:
-        raise JaxVQAError(f"preprocessor_config.json makes images of {sizes}; the vision tower needs {side}x{side}")
-    if not processor.do_center_crop and "shortest_edge" in processor.size:
-        raise JaxVQAError("preprocessor_config.json resizes the shortest edge without do_center_crop: no square image")
+@dataclass(frozen=True, eq=False, repr=False)
+class _Place:
+    """Where the image tokens of an image of `size` (W, H) look."""
+
+    vlm: VLM
+
+    def __call__(self, size: tuple[int, int]) -> Geometry:
+        vlm = self.vlm
+        family = family_of(vlm.config)
+        return family.geometry_of(vlm.config, vlm.image_processor, size, vlm.image_buckets, vlm.image_setup)
+
+    def __repr__(self):
+        return self.vlm.image_setup

@@ -11,6 +11,19 @@ import numpy as np
 from jaxvqa import decoder, sharding
 from jaxvqa.decoder import Decoder, DecoderConfig
 
+
+def cells_from(starts: Any, grid: tuple[int, int]) -> Any:
+    """`Row.cells` of images whose cells follow one another from `starts` on: [.., I, h·w]."""
+    return jnp.asarray(starts)[..., None] + jnp.arange(grid[0] * grid[1], dtype=jnp.int32)
+
+
+def side_by_side(features: Any, ids: Any, image_token_id: int) -> tuple[Any, Any]:
+    """Features [B, I, P, D] as `prefill` takes them, [B, I·P, D], and the slots of tokens that take all in order."""
+    is_image = jnp.asarray(ids) == image_token_id
+    slots = jnp.where(is_image, jnp.cumsum(is_image, axis=1) - 1, -1).astype(jnp.int32)
+    return features.reshape(len(features), -1, features.shape[-1]), slots
+
+
 CONFIG = DecoderConfig(
     num_layers=4, width=16, mlp_width=24, num_heads=4, num_kv_heads=2, head_dim=6, vocab_size=40, max_length=512,
     rope_theta=1000.0, rope_factor=1.0, norm_eps=1e-5, qkv_bias=True, qk_norm=True, tied=False,

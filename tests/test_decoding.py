@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import CONFIG, parameters
+from small import CONFIG, parameters, side_by_side
 
 from jaxvqa import decoder, decoding
 from jaxvqa.decoder import right_padded
@@ -270,7 +270,8 @@ def answer(params, ids, lengths, pixels):
     features = llava.encode_images(params, LLAVA, jax.lax.collapse(pixels, 0, 2), backend="xla")
     features = features.reshape(*pixels.shape[:2], *features.shape[1:])
     spec = ReadSpec(layers=(1, 2), read=frozenset({"rows", "values"}))
-    out = llava.prefill(params, LLAVA, ids, lengths, features, capacity=60, spec=spec, backend="xla")
+    images = side_by_side(features, ids, LLAVA.image_token_id)
+    out = llava.prefill(params, LLAVA, ids, lengths, *images, capacity=60, spec=spec, backend="xla")
     result = decoding.decode(params.decoder, CONFIG, out, max_new_tokens=NEW, eos_ids=(2,))
     return features, out.hidden, out.logits, out.readouts.rows.swapaxes(0, 1), result.ids, result.count
 

@@ -440,8 +440,8 @@ def test_words_that_begin_alike_are_no_yes_and_no(vlm, monkeypatch):
 )
 def test_a_stop_string_cuts_text_and_tokens_wherever_it_stands(vlm, said, stop, text, left):
     ids = vlm.tokenizer.encode(said, add_special_tokens=False)
-    row = handlers._Said(np.array([1, 7], np.int32), 0, (0, 0), stop)
-    reply = handlers._reply("tiny", vlm, row, [*ids, vlm.eos_ids[0]], handlers.Kept(None, None, None, None))
+    row = handlers._Said(np.array([1, 7], np.int32), (), (0, 0), stop)
+    reply = handlers._reply("tiny", vlm, row, [*ids, vlm.eos_ids[0]], handlers.Kept(None, None, None, None, None))
     assert reply.text == text
     assert vlm.tokenizer.decode(reply.ids) == left
     assert reply.state.ids.tolist() == [1, 7, *reply.ids]
@@ -574,7 +574,7 @@ def test_rows_of_the_question_are_those_of_the_users_words(vlm):
 
 def lean(row, mask, strength):
     """A key bias log λ·M on the cells of the first image (M on the token grid)."""
-    bias = jnp.zeros(row.keys).at[row.image_starts[0] + jnp.arange(mask.size)].set(strength * mask.reshape(-1))
+    bias = jnp.zeros(row.keys).at[row.cells[0]].set(strength * mask.reshape(-1))
     return Taps((Edit(Tap(key_bias=bias[None, None]), start=0, stop=3),))
 
 

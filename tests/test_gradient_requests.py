@@ -37,6 +37,10 @@ def vlm(tmp_path_factory):
     return jaxvqa.load(folder, dtype="float32")
 
 
+def pixels_of(encoded):
+    return np.stack([image.arrays for image in encoded.images])
+
+
 def picture(seed: int, size: tuple[int, int] = (60, 40)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
 
@@ -97,8 +101,9 @@ def test_the_gradient_to_attention_is_that_of_a_dense_model_whose_probabilities_
     gradient, probs, rows, wanted, length = found
     encoded = vlm.encode(list(SAMPLE.images), prompt(SAMPLE.question, 2))
     ids = jnp.asarray(encoded.tokens.ids)[None]
-    features = llava.encode_images(vlm.params, vlm.config, jnp.asarray(encoded.pixels))[None]
-    x = np.asarray(llava.embed(vlm.params, vlm.config, ids, features))
+    features = llava.encode_images(vlm.params, vlm.config, jnp.asarray(pixels_of(encoded)))
+    features = features.reshape(1, -1, features.shape[-1])
+    x = np.asarray(llava.embed(vlm.params, vlm.config, ids, features, jnp.asarray(encoded.slots)[None]))
     count = len(ids[0])
     assert length == count and rows[wanted].tolist() == encoded.tokens.span(SAMPLE.question).tolist()
 
@@ -181,12 +186,14 @@ def test_the_gradient_to_pixels_is_what_moving_them_does(vlm):
     """Central differences of the plain model, along random directions in each image."""
     gradient = collected(vlm, [SAMPLE], of_pixels)[0].value
     encoded = vlm.encode(list(SAMPLE.images), prompt(SAMPLE.question, 2))
-    assert gradient.shape == encoded.pixels.shape
+    pixels = pixels_of(encoded)
+    assert gradient.shape == pixels.shape
     token, rng = top(np.asarray(vlm.prefill(encoded).logits[0])), np.random.default_rng(1)
     for image in (0, 1, 1):
         direction = np.zeros_like(gradient)
         direction[image] = rng.standard_normal(gradient[image].shape) + gradient[image] / np.abs(gradient[image]).mean()
-        ends = [replace(encoded, pixels=encoded.pixels + step * direction) for step in (1e-3, -1e-3)]
+        inputs = jaxvqa.collate([encoded])
+        ends = [replace(inputs, images=(pixels + step * direction)[None]) for step in (1e-3, -1e-3)]
         high, low = (log_probability(np.asarray(vlm.prefill(end).logits[0]), token) for end in ends)
         np.testing.assert_allclose((gradient * direction).sum(), (high - low) / 2e-3, rtol=2e-2)
 
@@ -291,11 +298,10 @@ def compiled(vlm, layer: int, length: int, start: int = 0, backend: str = "xla_c
         return jax.ShapeDtypeStruct(shape, dtype)
 
     cache = shaped(d.num_layers, start, d.num_kv_heads, d.head_dim, dtype=jnp.float32)
-    prefix = (handlers.Kept(cache, cache, shaped(start), None),) if start else ()
+    prefix = (handlers.Kept(cache, cache, shaped(start), None, None),) if start else ()
     features, at = ((shaped(16, d.width, dtype=jnp.float32),),), shaped(1, 1)
-    batch = handlers.Batch(
-        shaped(1, length), shaped(1), shaped(1), features, prefix, at, at, shaped(1, 1, dtype=jnp.bool_)
-    )
+    ids, cells = shaped(1, length), shaped(1, 1, 16)
+    batch = handlers.Batch(ids, shaped(1), ids, None, features, prefix, cells, at, shaped(1, 1, dtype=jnp.bool_))
     spec = ReadSpec((layer,), frozenset({"rows", "values"}), heads="all")
     program = gradients._gradient.lower(
         vlm.params, vlm.config, batch, None, (), spec=spec, reduce=None, backend=backend

@@ -47,7 +47,7 @@ def prompt(question: str, num_images: int | None = None, template: str = "vicrop
 def wanted_attention(row):
     """Attention of the wanted rows to each image and to the wanted rows themselves, and where they lie."""
     rows = jnp.where(row.wanted[:, None], row.readouts.rows[0], 0)
-    images = [row.on_image(rows, image) for image in range(len(row.image_starts))]
+    images = [row.on_image(rows, image) for image in range(len(row.cells))]
     return images, jnp.take(rows, row.rows, axis=1), row.rows, row.length
 
 
@@ -306,12 +306,12 @@ def test_of_a_prefixs_last_layer_only_keys_and_values_are_computed(vlm):
     ids, d = np.full((1, 64), 7, np.int32), vlm.config.decoder
 
     def flops(layers):
-        lowered = handlers._prefix.lower(vlm.params, vlm.config, ids, ((),), layers=layers, backend="xla")
+        lowered = handlers._prefix.lower(vlm.params, vlm.config, ids, -ids, None, ((),), layers=layers, backend="xla")
         return lowered.compile().cost_analysis()["flops"]
 
     one_layer = handlers._prefill_flops(vlm, 64, 1)
     keys_and_values = 2 * 64 * d.width * 2 * d.num_kv_heads * d.head_dim
     assert keys_and_values < flops(1) < 1.3 * keys_and_values < 0.3 * one_layer
     engine = Engine(vlm, lengths=CUTS)
-    _, work = PREFIXES.work("tiny", engine.default, ids[0], 2, ())
+    _, work = PREFIXES.work("tiny", engine.default, handlers.Begun(ids[0], -ids[0], None, ()), 2, ())
     assert work.padded_flops == one_layer + keys_and_values and work.flops == 0

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from small import cells_from
 
 from jaxvqa.errors import UserError
 from jaxvqa.requests import Answer, Asked, Call, Cost, Generate, Passes, Read, Row, Sample
@@ -34,7 +35,7 @@ def test_no_image_at_all_is_refused():
 def test_what_needs_an_image_says_so_where_there_is_none():
     with pytest.raises(UserError, match="sample '7' has no image"):
         _ = Sample((), "?", id="7").image
-    row = Row(jnp.zeros(1, int), jnp.int32(4), jnp.zeros(1, int), jnp.ones(1, bool), None, None, (2, 2), 4)
+    row = Row(jnp.zeros((1, 4), int), jnp.int32(4), jnp.zeros(1, int), jnp.ones(1, bool), None, None, (2, 2), 4)
     with pytest.raises(UserError, match="image 1 of a request with 1 images"):
         row.on_image(jnp.zeros(4), 1)
 
@@ -74,10 +75,32 @@ def test_a_row_cuts_the_cells_of_each_image_out_of_a_key_axis(grid, before, seed
     first, second = np.random.default_rng(seed).random((2, h, w)).astype(np.float32)
     axis = np.concatenate([np.full(before, 7.0), first.ravel(), [8.0], second.ravel(), np.full(after, 9.0)])
     starts = jnp.array([before, before + h * w + 1])
-    row = Row(starts, jnp.int32(len(axis)), jnp.zeros(1, int), jnp.ones(1, bool), None, None, grid, len(axis))
+    row = Row(
+        cells_from(starts, grid),
+        jnp.int32(len(axis)),
+        jnp.zeros(1, int),
+        jnp.ones(1, bool),
+        None,
+        None,
+        grid,
+        len(axis),
+    )
     both = jnp.stack([axis, -axis]).astype(jnp.float32)
     np.testing.assert_array_equal(row.on_image(both), np.stack([first, -first]))
     np.testing.assert_array_equal(row.on_image(both, 1), np.stack([second, -second]))
+
+
+@given(before=st.integers(0, 4), seed=st.integers(0, 99))
+def test_an_edit_of_cells_lies_on_their_keys_and_nowhere_else(before, seed):
+    """In any order, and with padding behind the cells: what `on_image` reads is what `on_keys` wrote."""
+    rng = np.random.default_rng(seed)
+    order, values = before + rng.permutation(6), rng.random((2, 1, 8)).astype(np.float32)
+    cells = jnp.array([[*order, -1, -1]])
+    row = Row(cells, jnp.int32(10), jnp.zeros(1, int), jnp.ones(1, bool), None, None, (1, 8), 12)
+    keys = np.zeros((2, 12), np.float32)
+    keys[:, order] = values[:, 0, :6]
+    np.testing.assert_array_equal(row.on_keys(values), keys)
+    np.testing.assert_array_equal(row.on_image(row.on_keys(values)), values * (np.arange(8) < 6))
 
 
 def test_an_answers_boxes_are_an_array_whatever_was_given():

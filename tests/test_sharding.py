@@ -24,7 +24,7 @@ from jaxvqa.decoder import DecoderConfig
 from jaxvqa.errors import JaxVQAError
 from jaxvqa.models import llava
 from jaxvqa.models.llava import LlavaConfig
-from jaxvqa.sharding import BATCH
+from jaxvqa.sharding import BATCH, layout
 from jaxvqa.taps import Edit, Mix, Plugin, ReadSpec, Tap, Taps
 from jaxvqa.vision.clip import ClipConfig
 
@@ -91,8 +91,11 @@ def make_taps(edits, rows, start=0, stop=D.num_layers):
 
 def prefill(params, batch, taps=Taps(), backend="xla", **kwargs):
     features = llava.encode_images(params, CONFIG, batch["pixels"], backend=backend)
-    features = features.reshape(B, IMAGES, *features.shape[1:])
-    return llava.prefill(params, CONFIG, batch["ids"], batch["lengths"], features, taps=taps, backend=backend, **kwargs)
+    features = jnp.reshape(features, (B, -1, D.width), out_sharding=layout(BATCH))
+    is_image = batch["ids"] == CONFIG.image_token_id
+    slots = jnp.where(is_image, jnp.cumsum(is_image, axis=1, dtype=jnp.int32) - 1, -1)
+    images = dict(features=features, slots=slots)
+    return llava.prefill(params, CONFIG, batch["ids"], batch["lengths"], **images, taps=taps, backend=backend, **kwargs)
 
 
 def forward(params, batch, edits):
@@ -232,8 +235,8 @@ def ahead_of_time(backend: str):
     )
 
     def program(params, pixels, ids, lengths):
-        features = llava.encode_images(params, config, pixels, backend=backend)[:, None]
-        return llava.prefill(params, config, ids, lengths, features, capacity=656, backend=backend)
+        features = llava.encode_images(params, config, pixels, backend=backend)
+        return llava.prefill(params, config, ids, lengths, features, ids % 577 - 1, capacity=656, backend=backend)
 
     with jax.set_mesh(mesh):
         compiled = jax.jit(program).lower(params, pixels, ids, lengths).compile()

@@ -34,14 +34,16 @@ def image():
 
 def test_hf_setup_gives_the_processors_own_pixels(folder, image):
     vlm = jaxvqa.load(folder, image_setup="hf")
-    pixels, where = vlm.preprocess(image)
+    made = vlm.process(image)
+    pixels, where = made.arrays, made.geometry
     theirs = vlm.image_processor(images=[image], return_tensors="np")["pixel_values"][0]
     np.testing.assert_array_equal(pixels, theirs.transpose(1, 2, 0))
     assert where == for_crop(90, 60, 56, (4, 4))
 
 
 def test_pad_setup_shows_the_whole_image_on_the_mean_colour(vlm, image):
-    pixels, where = vlm.preprocess(image)
+    made = vlm.process(image)
+    pixels, where = made.arrays, made.geometry
     theirs = vlm.image_processor(images=[pad_to_square(image)], return_tensors="np")["pixel_values"][0]
     np.testing.assert_array_equal(pixels, theirs.transpose(1, 2, 0))
     assert where == for_pad(90, 60, 56, (4, 4))

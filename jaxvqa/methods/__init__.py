@@ -56,8 +56,10 @@ class Facts(NamedTuple):
     """Token rows and columns of an image."""
     template: str
     """Name of the prompt template that the model was trained with."""
-    view: str = "pad"
-    """How an image is laid into that square: a `geometry.Geometry.mode`, "pad", "crop" or "squash"."""
+    view: "str | Callable[[tuple[int, int]], Geometry]" = "pad"
+    """How an image is laid into that square: "pad", "crop" or "squash"; or a function that says it by size (W, H)."""
+    detail: bool = False
+    """Whether it sees images in detail: in tiles, or at about their own size (what FOCUS calls global-local)."""
     fingerprint: str = ""
     """Of the model's configuration (`models.fingerprint`): tells what was trained for it."""
 
@@ -65,6 +67,8 @@ class Facts(NamedTuple):
         """Where each image token of an image of `size` (W, H) looks."""
         from jaxvqa import geometry
 
+        if not isinstance(self.view, str):
+            return self.view(size)
         return getattr(geometry, f"for_{self.view}")(*size, self.image_side, self.grid)
 
 

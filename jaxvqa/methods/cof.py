@@ -17,7 +17,7 @@ from jaxvqa.prompts import render
 from jaxvqa.regions import boxes
 from jaxvqa.requests import Answer, Generate, Row, Sample
 from jaxvqa.taps import Edit, Tap, Taps
-from jaxvqa.transforms.reweight import log_reweight, on_keys
+from jaxvqa.transforms.reweight import log_reweight
 from jaxvqa.typing import Array, Float
 
 GROUNDING = (
@@ -94,7 +94,7 @@ def reweighted(method: Any, sample: Sample, mask: np.ndarray, view: Geometry) ->
     strengths = np.ones((max(method.layers) + 1, 1), np.float32)
     strengths[list(method.layers)] = method.lam
     asking = method.like(sample)
-    reply = yield replace(next(asking), taps=reweight, args=(mask, strengths))
+    reply = yield replace(next(asking), taps=reweight, args=(view.for_program(mask), strengths))
     return Answer(reply.text, grid=mask, heatmap=view.to_image(mask, preview_size(sample.image.size)))
 
 
@@ -103,7 +103,7 @@ def reweight(row: Row, mask: Float[Array, "h w"], strengths: Float[Array, "L #N"
 
     strengths: λ for each of the first L layers, and head if they differ; 1 leaves a layer as it is.
     """
-    bias = on_keys(log_reweight(mask, strengths[:, :, None, None]), row.image_starts[0], row.keys)
+    bias = row.on_keys(log_reweight(mask, strengths[:, :, None, None]))
     return Taps((Edit(Tap(key_bias=bias), 0, len(strengths)),))
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from jaxvqa import methods
 from jaxvqa.errors import UserError
-from jaxvqa.geometry import Geometry, covers
+from jaxvqa.geometry import Geometry, covers, missing
 from jaxvqa.images import CLIP_MEAN_COLOUR, crop, pixel_box
 from jaxvqa.methods import Facts, check_choice, fill, scaled_layer
 from jaxvqa.methods.targets import Target, by_rules, named, parse, read_examples, stem
@@ -26,6 +26,8 @@ from jaxvqa.regions.canvas import close_up, compose, highlight, paste
 from jaxvqa.regions.proposals import Regions, merge, propose, to_pixels, union
 from jaxvqa.requests import Answer, Generate, Read, Row, Sample, Score, YesNo
 from jaxvqa.taps import ReadSpec
+from jaxvqa.transforms.blur import blur_weights, pool_weights
+from jaxvqa.transforms.resample import Overlap, lay
 from jaxvqa.transforms.value_similarity import relevance, value_similarity
 from jaxvqa.typing import Array, Bool, Float
 
@@ -61,7 +63,8 @@ class Focus:
     exist_suffix: str = " Answer Yes or No."
     """What follows "Is there a {target} in the image?"."""
     layer_start: int | None = None
-    """l, first decoder layer (0-based) whose values are compared; None is 14 of 32, at the same depth elsewhere."""
+    """l, first decoder layer (0-based) whose values are compared; None is 14 of 32, at the same depth elsewhere, and 21
+    of 28 on models that see detail."""
     layer_end: int | None = None
     """L, the layer after the last; None is the model's number of layers."""
     feature: Literal["value", "key_no_rope", "random"] = "value"
@@ -73,6 +76,10 @@ class Focus:
     windows: int = 1
     """Windows along each axis, each overlapping the next by half, that are read one by one for a map of (windows + 1)/2
     times the resolution (section 4.6); 1 reads the whole image once."""
+    blur: float | None = None
+    """Sigma in cells of the Gaussian filter over a map; None is 0, and 1 on models that see detail."""
+    pool: int | None = None
+    """Cells along each axis that become one, after the filter; None is 1, and 2 on models that see detail."""
     mask_padding: bool = False
     """Whether cells of mere padding are left out of the map."""
     n_anchors: int | None = None
@@ -83,12 +90,13 @@ class Focus:
     """See `regions.proposals.find_anchors`."""
     s_dist: float | None = None
     """s_dist, least distance of anchors in cells; None is 3 on a map of 24 cells a side (the paper has 2 on V*Bench),
-    in proportion on others."""
+    in proportion on others, and 2 on models that see detail."""
     s_min: int | None = None
     """s_min, side of the smallest regions in cells; None is 3 on a map of 24 cells a side, on others the odd number
-    next to the same share of the side."""
+    next to the same share of the side, and 3 on models that see detail, whose maps differ in size."""
     s_max: int | None = None
-    """s_max, side of the largest; None is 5 on a map of 24 cells a side, on others as `s_min`."""
+    """s_max, side of the largest; None is 5 on a map of 24 cells a side and on models that see detail (the paper has 9
+    on V*Bench), on others as `s_min`."""
     threshold: float = 0.5
     """A region grows while its mean is at least this share of `threshold_ref`."""
     threshold_ref: Literal["anchor", "max", "absolute"] = "anchor"
@@ -97,13 +105,15 @@ class Focus:
     """Intersection over union from which on a region suppresses a worse one."""
     min_crop: bool = False
     """Whether regions are verified in a crop of at least the encoder's side (ZoomEye)."""
-    t_type2: float = 0.6
-    """t_type2, the confidence above which regions are kept where all of a kind are wanted."""
+    t_type2: float | None = None
+    """t_type2, the confidence above which regions are kept where all of a kind are wanted; None is 0.6, and 0.5 on
+    models that see detail."""
     merge_dilation: float = 0.0
     """Pixels by which such regions are enlarged on every side to see which overlap (ZoomEye: 50)."""
-    final: Literal["canvas", "crop", "two_image"] = "canvas"
+    final: Literal["canvas", "crop", "two_image"] | None = None
     """What the answer is given on: the crop around all regions or, if they lie far apart, a "canvas" of them; always
-    the "crop"; or, for models that see several images, "two_image": the regions outlined, and a crop of each."""
+    the "crop"; or "two_image", the regions outlined, and a crop of each. None is the first, and the last on models that
+    see detail."""
     t_obj_dist: float | None = None
     """t_obj_dist, the distance of two regions' centres that is far, in pixels of the image; None is 1200 for an encoder
     of 336 pixels, in proportion for others."""
@@ -120,19 +130,23 @@ class Focus:
 
     def __post_init__(self):
         for option, hint in get_type_hints(type(self)).items():
-            if get_origin(hint) is Literal:
-                check_choice(self, option, get_args(hint))
+            choices = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal]
+            if choices and getattr(self, option) is not None:
+                check_choice(self, option, get_args(choices[0]))
         for option in ("n_steps", "windows"):
             if getattr(self, option) < 1:
                 raise UserError(f"focus: {option}={getattr(self, option)}; expected 1 or more")
 
     def bind(self, facts: Facts, preset: dict[str, Any]) -> "Focus":
         bound, layers = fill(self, **preset), facts.num_layers
-        if bound.windows > 1 and any(cells % 2 for cells in facts.grid):
-            raise UserError(
-                f"focus: windows={bound.windows} overlap by half; {facts.name} has {facts.grid} image tokens"
-            )
+        if bound.windows > 1 and (facts.detail or any(cells % 2 for cells in facts.grid)):
+            seen = "sees detail by itself" if facts.detail else f"has {facts.grid} image tokens"
+            raise UserError(f"focus: windows={bound.windows} overlap by half; {facts.name} {seen}")
         scale = max(facts.grid) * (bound.windows + 1) / 2 / 24
+        if facts.detail:
+            bound = fill(bound, layer_start=scaled_layer(21, 28, layers), s_dist=2.0, s_min=3, s_max=5, t_type2=0.5)
+            bound = fill(bound, blur=1.0, pool=2, final="two_image")
+        bound = fill(bound, blur=0.0, pool=1, t_type2=0.6, final="canvas")
         bound = fill(
             bound,
             layer_start=scaled_layer(14, 32, layers),
@@ -147,6 +161,8 @@ class Focus:
             raise UserError(
                 f"focus: layer_start={bound.layer_start}, layer_end={bound.layer_end}; {facts.name} has {layers} layers"
             )
+        if bound.blur < 0 or bound.pool < 1:
+            raise UserError(f"focus: blur={bound.blur}, pool={bound.pool}; expected blur >= 0 and pool >= 1")
         if bound.n_anchors < 1 or not 1 <= bound.s_min <= bound.s_max:
             sizes = f"n_anchors={bound.n_anchors}, s_min={bound.s_min}, s_max={bound.s_max}"
             raise UserError(f"focus: {sizes}; expected n_anchors >= 1 and 1 <= s_min <= s_max")
@@ -185,8 +201,14 @@ class Focus:
     def view_of(self, image: Image.Image) -> Geometry:
         """Where the cells of a relevance map look."""
         view = self.facts.geometry(image.size)
-        h, w = view.grid
-        return replace(view, grid=(h * (self.windows + 1) // 2, w * (self.windows + 1) // 2))
+        (h, w), (width, height) = view.grid, view.extent
+        if self.windows > 1:
+            return replace(view, grid=(h * (self.windows + 1) // 2, w * (self.windows + 1) // 2))
+        assert self.pool, "bound"
+        y, x = min(self.pool, h), min(self.pool, w)
+        # What pooling leaves over at the end is not looked at.
+        extent = (width * (w // x * x) / w, height * (h // y * y) / h)
+        return replace(view, grid=(h // y, w // x), extent=extent, capacity=None)
 
     def maps(
         self, sample: Sample, targets: tuple[Target, ...], view: Geometry
@@ -196,7 +218,7 @@ class Focus:
             draw = sample.random(self.seed).random((len(targets), *view.grid), np.float32)
             return [heat / heat.sum() for heat in draw]
         assert self.layer_start is not None and self.layer_end is not None, "bound"
-        corners = corners_of(view, self.windows)
+        corners, seen = corners_of(view, self.windows), self.facts.geometry(sample.image.size)
         pictures = (
             [sample.image] if self.windows == 1 else [window(sample.image, view, at, self.facts.grid) for at in corners]
         )
@@ -212,11 +234,25 @@ class Focus:
         found = []
         for number in range(len(targets)):
             mine = readings[number * len(pictures) : (number + 1) * len(pictures)]
-            tokens = joined(np.stack([reading.value[0] for reading in mine]), corners, view.grid)
+            tokens = mine[0].value[0]
+            if self.windows > 1:
+                tokens = joined(np.stack([reading.value[0] for reading in mine]), corners, view.grid)
             with on_host():
                 heat = np.asarray(_relevance(tokens, mine[0].value[1], clip_negative=self.clip_negative))
+            heat = self.smooth(seen.on_grid(heat)) if self.windows == 1 else heat
             found.append(heat if np.isfinite(heat).all() else np.full(view.grid, 1 / heat.size, np.float32))
         return found
+
+    def smooth(self, heat: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "h2 w2"]:
+        """A map after the filter, in fewer cells."""
+        assert self.blur is not None and self.pool, "bound"
+        if self.blur == 0 and self.pool == 1:
+            return heat
+        rows, columns = (pool_weights(size, self.pool) @ blur_weights(size, self.blur) for size in heat.shape)
+        with on_host():
+            heat = lay(heat, Overlap(rows, columns, np.ones(heat.shape, bool)))
+        total = heat.sum()
+        return heat / total if total > 0 else heat
 
     def existence(self, target: Target) -> Prompt:
         """The question whether an image shows the target, whose name alone is marked as the user's words."""
@@ -234,10 +270,13 @@ class Focus:
 
     def propose(self, heat: np.ndarray, view: Geometry) -> Regions:
         """Regions of a relevance map in pixels, best first."""
+        padding = tuple(map(missing, heat.shape))
+        seen = view.valid() if self.mask_padding else np.ones(heat.shape, bool)
         with on_host():
             found = propose(
-                heat,
-                view.valid() if self.mask_padding else None,
+                np.pad(heat, padding),
+                np.pad(seen, padding),
+                np.array(heat.shape),
                 num_anchors=self.n_anchors,
                 smallest=self.s_min,
                 largest=self.s_max,
@@ -283,6 +322,7 @@ class Focus:
     ) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """The boxes to answer on, [n, 4] in pixels, in the order of the targets and then of confidence; their
         confidences, of merged ones the highest, NaN where unverified; and notes."""
+        assert self.t_type2 is not None, "bound"
         chosen, scores, notes = [np.zeros((0, 4))], [], []
         for target, found, confidence in zip(targets, regions, confidences, strict=True):
             if not len(found.boxes):

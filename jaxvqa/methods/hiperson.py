@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxvqa.bundled import SPECKS_BLIP, SPECKS_LLAVA
 from jaxvqa.errors import UserError
-from jaxvqa.geometry import Geometry, for_squash
+from jaxvqa.geometry import Geometry, for_squash, missing
 from jaxvqa.images import crop
 from jaxvqa.methods import Facts, check_choice, fill, scaled_layer
 from jaxvqa.methods.vicrop import preview_size
@@ -23,7 +23,7 @@ from jaxvqa.taps import ReadSpec
 from jaxvqa.transforms.gradient import gradient_map, match_layer, text_rows
 from jaxvqa.transforms.normalise import minmax
 from jaxvqa.transforms.relative_attention import relative_attention
-from jaxvqa.transforms.resample import overlap, resample
+from jaxvqa.transforms.resample import lay, overlap
 from jaxvqa.typing import Array, Float
 
 OBSERVE = (
@@ -176,24 +176,30 @@ class HiPerson:
     def locate(self, sample: Sample) -> Generator[Any, Any, tuple[Box, np.ndarray, np.ndarray]]:
         """The search: box in pixels of the first image, M^sem on its grid and in image coordinates."""
         assert self.facts is not None and self.base is not None, "bound"
-        size, grid, side = sample.image.size, self.facts.grid, self.facts.image_side
+        size, side = sample.image.size, self.facts.image_side
         tiles = high_res_split(size, self.tiling) if self.tiling else Tiles(1, 1, size)
-        view, tile = joined_geometry(size, tiles, grid, side), for_squash(*tiles.size, side, grid)
         looks = [] if self.maps == "grad" else [*self.look(sample, tiles)]
         match = [] if self.maps == "rel" else [self.match(sample)]
         found = yield [*looks, *match]
+        grid = found[0].geometries[0].grid if looks else self.facts.geometry(size).grid
+        view, tile = joined_geometry(size, tiles, grid, side), for_squash(*tiles.size, side, grid)
 
         maps = []
         if looks:
             pairs = zip(found[: len(looks) // 2], found[len(looks) // 2 : len(looks)], strict=True)
-            relative = [self.aligned(relative_map(q.value, r.value, eps=self.eps), q, tile) for q, r in pairs]
+            relative = [
+                self.aligned(q.geometries[0].on_grid(np.asarray(relative_map(q.value, r.value, eps=self.eps))), q, tile)
+                for q, r in pairs
+            ]
             maps.append(join(np.stack(relative), tiles))
         if match:
             maps.append(self.matched(found[-1], view))
         shapes = [heatmap.shape for heatmap in maps]
         if len(set(shapes)) > 1:
             raise UserError(f"hiperson: align='none' adds maps cell by cell; theirs are {shapes}; use 'resample'")
-        semantic = np.asarray(fuse(maps))
+        rows, columns = map(missing, shapes[0])
+        h, w = shapes[0]
+        semantic = np.asarray(fuse([np.pad(heatmap, (rows, columns), mode="edge") for heatmap in maps]))[:h, :w]
         how: dict[str, Any] = dict(neighbours=self.neighbourhood, area_norm=self.area_norm)
         box = search(semantic, size, self.base, self.betas, geometry=view, **how)
         return box, semantic, view.to_image(semantic, preview_size(size))
@@ -230,7 +236,7 @@ class HiPerson:
     def aligned(self, heatmap: Any, reading: Reading, view: Geometry) -> np.ndarray:
         """A map on the cells of `view`; with align="none" as it is."""
         onto = overlap(reading.geometries[0], view) if self.align == "resample" else None
-        return np.asarray(heatmap if onto is None else laid(heatmap, onto))
+        return np.asarray(heatmap) if onto is None else lay(heatmap, onto)
 
     def answer(self, sample: Sample, box: Box) -> Generator[Any, Any, Answer]:
         """The reply to the crop and the image, and the answer in it."""
@@ -305,9 +311,6 @@ def relative_map(
 ) -> Float[Array, "h w"]:
     """M^rel (Eq. 2), the mean over layers."""
     return relative_attention(question, reference, eps).mean(0)
-
-
-laid = jax.jit(resample)
 
 
 @jax.jit

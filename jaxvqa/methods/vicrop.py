@@ -13,12 +13,12 @@ from jaxvqa.images import crop
 from jaxvqa.methods import Facts, check_choice, fill, scaled_layer
 from jaxvqa.prompts import GENERAL_QUESTION, MARKER, Prompt, render, stem, worded
 from jaxvqa.regions import tiles
-from jaxvqa.regions.windows import RATIOS, Tiles, high_res_split
+from jaxvqa.regions.windows import RATIOS, Tiles, high_res_split, search
 from jaxvqa.requests import Answer, Generate, Gradient, Read, Reply, Row, Sample
 from jaxvqa.taps import ReadSpec
 from jaxvqa.transforms.gradient import gradient_length, gradient_map, high_pass_mask, pixel_gradient_map
 from jaxvqa.transforms.relative_attention import relative_attention
-from jaxvqa.transforms.resample import overlap, resample
+from jaxvqa.transforms.resample import lay, overlap
 from jaxvqa.typing import Array, Float
 
 Views = list[tuple[Image.Image, ...]]
@@ -85,10 +85,10 @@ class Vicrop:
         maps, view = yield from make(self, [(part, *sample.images[1:]) for part in parts], stem(sample.question))
         if len(parts) > 1:
             onto = overlap(self.laid_over(view), for_squash(*split.size, view.encoder_size, view.grid))
-            maps = [tiles.join(np.stack([resample(one, onto) for one in maps]), split)]
+            maps = [tiles.join(np.stack([lay(one, onto) for one in maps]), split)]
             view = tiles.joined_geometry(size, split, view.grid, view.encoder_size)
         (grid,), view = maps, self.laid_over(view)
-        return tiles.search(grid, view, self.base, self.ratios), grid, view.to_image(grid, preview_size(size))
+        return search(grid, size, self.base, self.ratios, geometry=view), grid, view.to_image(grid, preview_size(size))
 
     def answer(self, sample: Sample, box: tuple[float, ...]) -> Generator[Any, Any, Reply]:
         """The final answer, on the whole image and the crop, in this order."""
@@ -124,7 +124,10 @@ def relative(options: Vicrop, views: Views, question: str) -> Maps:
         for text in (question, GENERAL_QUESTION)
     ]
     pairs = zip(readings[::2], readings[1::2], strict=True)
-    maps = [np.asarray(relative_attention(asked.value, general.value)) for asked, general in pairs]
+    maps = [
+        asked.geometries[0].on_grid(np.asarray(relative_attention(asked.value, general.value)))
+        for asked, general in pairs
+    ]
     return maps, readings[0].geometries[0]
 
 
@@ -135,7 +138,7 @@ def weighted(options: Vicrop, views: Views, question: str) -> Maps:
         Gradient(view, options.prompt(question, len(view)), layers=(options.layer,), reduce=weighted_on_image)
         for view in views
     ]
-    return [reading.value for reading in readings], readings[0].geometries[0]
+    return [reading.geometries[0].on_grid(reading.value) for reading in readings], readings[0].geometries[0]
 
 
 def from_pixels(options: Vicrop, views: Views, question: str) -> Maps:
@@ -146,6 +149,8 @@ def from_pixels(options: Vicrop, views: Views, question: str) -> Maps:
         for text in (question, GENERAL_QUESTION)
     ]
     seen = readings[0].geometries[0]
+    if not isinstance(seen.encoder_size, int):
+        raise UserError("vicrop: pure_grad needs an encoder of square images of one size; use rel_att or grad_att")
     looked, cell = options.laid_over(seen), seen.encoder_size // seen.grid[0]
     maps = [
         np.asarray(pixel_gradient_map(asked.value, general.value, high_pass_mask(image, looked), cell))

@@ -114,5 +114,6 @@ class Vif:
         reply = yield replace(next(self.like(sample)), plugin=self.plugin, args=seed)
         if not sample.images:
             return Answer(reply.text)
-        grid, size = reply.value[0], sample.image.size
-        return Answer(reply.text, grid=grid, heatmap=self.facts.geometry(size).to_image(grid, preview_size(size)))
+        view = self.facts.geometry(sample.image.size)
+        grid = view.on_grid(reply.value[0])
+        return Answer(reply.text, grid=grid, heatmap=view.to_image(grid, preview_size(sample.image.size)))

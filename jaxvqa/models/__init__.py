@@ -14,10 +14,20 @@ from types import ModuleType
 from typing import Any
 
 from jaxvqa.errors import JaxVQAError
-from jaxvqa.models import blip_itm, llava
+from jaxvqa.models import blip_itm, instructblip, internvl, llava, llava_next, llava_onevision, qwen2_5_vl, qwen3_vl
 
 # HF `model_type` -> the family's config class, which lies in the family's module.
-FAMILIES: dict[str, type] = {"llava": llava.LlavaConfig, "blip": blip_itm.BlipItmConfig}
+FAMILIES: dict[str, type] = {
+    "instructblip": instructblip.InstructBlipConfig,
+    "internvl": internvl.InternVLConfig,
+    "llava": llava.LlavaConfig,
+    "llava_next": llava_next.LlavaNextConfig,
+    "llava_onevision": llava_onevision.LlavaOnevisionConfig,
+    "blip": blip_itm.BlipItmConfig,
+    "qwen2_5_vl": qwen2_5_vl.QwenVLConfig,
+    "qwen2_vl": qwen2_5_vl.QwenVLConfig,
+    "qwen3_vl": qwen3_vl.Qwen3VLConfig,
+}
 
 
 def config_from_hf(hf: dict[str, Any]) -> Any:

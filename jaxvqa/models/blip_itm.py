@@ -368,7 +368,7 @@ def flops(c: BlipItmConfig, tokens: int, layers: int | None = None) -> int:
     return 2 * ((t.num_layers if layers is None else layers) * (weights + attention) + 2 * t.width)
 
 
-def image_flops(c: BlipItmConfig) -> int:
+def image_flops(c: BlipItmConfig, arrays: Any = None) -> int:
     """Analytic FLOPs of encoding one image."""
     v = c.vision
     T = c.grid[0] * c.grid[1] + 1

@@ -6,18 +6,26 @@ Image features replace the image placeholders of the prompt in order, so a promp
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import register_dataclass, register_static
+from PIL import Image
 
-from jaxvqa import decoder
-from jaxvqa.decoder import Cache, Decoder, DecoderConfig, right_padded
-from jaxvqa.decoding import Output, forward
+from jaxvqa import decoder, geometry
+from jaxvqa.decoder import Decoder, DecoderConfig
 from jaxvqa.errors import JaxVQAError
-from jaxvqa.sharding import ACT_BTD, BATCH, ArraySpec, constrain, einsum, layout
-from jaxvqa.taps import ReadSpec
-from jaxvqa.typing import Array, Float, Int
+from jaxvqa.geometry import Geometry
+from jaxvqa.images import pad_to_square
+from jaxvqa.models.common import embed, extend, flops, prefill, resume
+from jaxvqa.sharding import ACT_BTD, ArraySpec, einsum
+from jaxvqa.typing import Array, Float
 from jaxvqa.vision import clip
 from jaxvqa.vision.clip import Clip, ClipConfig
+from jaxvqa.vision.inputs import ImageInput
+
+SETUPS = {"pad": "vicuna_v1", "hf": "vicrop_hf"}
+"""How images are made ready, and the prompt template with which the published results of that were made: "pad" (to a
+square with the mean colour, the original LLaVA-1.5) or "hf" (what the checkpoint's image processor does by itself: a
+centre crop)."""
 
 
 @register_static
@@ -103,6 +111,49 @@ def specs(c: LlavaConfig) -> Llava:
     )
 
 
+def check_processor(c: LlavaConfig, processor: Any) -> None:
+    """`JaxVQAError` unless the processor shows the encoder whole squares of its side: cells and pixels would part."""
+    side = c.vision.image_size
+    sizes = [dict(processor.size)] + ([dict(processor.crop_size)] if processor.do_center_crop else [])
+    found = {size.get(name, size.get("shortest_edge")) for size in sizes for name in ("height", "width")}
+    if found != {side}:
+        raise JaxVQAError(f"preprocessor_config.json makes images of {sizes}; the vision tower needs {side}x{side}")
+    if not processor.do_center_crop and "shortest_edge" in processor.size:
+        raise JaxVQAError("preprocessor_config.json resizes the shortest edge without do_center_crop: no square image")
+
+
+def default_buckets(c: LlavaConfig, processor: Any) -> tuple[int, ...]:
+    """All images have the same number of tokens."""
+    return (c.image_tokens,)
+
+
+def geometry_of(
+    c: LlavaConfig, processor: Any, size: tuple[int, int], buckets: tuple[int, ...], setup: str = "pad"
+) -> Geometry:
+    """Where each image token of an image of `size` (W, H) looks."""
+    place = geometry.for_pad
+    if setup != "pad":
+        place = geometry.for_crop if processor.do_center_crop else geometry.for_squash
+    return place(*size, c.vision.image_size, c.grid)
+
+
+def process(
+    c: LlavaConfig, processor: Any, image: Image.Image, buckets: tuple[int, ...], setup: str = "pad"
+) -> ImageInput:
+    """An image for the encoder: f32 [E, E, 3], by the checkpoint's processor."""
+    red, green, blue = (int(255 * mean) for mean in processor.image_mean)
+    shown = pad_to_square(image, (red, green, blue)) if setup == "pad" else image
+    pixels = processor(images=[shown], return_tensors="np")["pixel_values"][0]
+    first = c.image_tokens - c.grid[0] * c.grid[1]  # a class token before the cells
+    return ImageInput(
+        np.ascontiguousarray(pixels.transpose(1, 2, 0), np.float32),
+        geometry_of(c, processor, image.size, buckets, setup),
+        np.arange(first, c.image_tokens, dtype=np.int32),
+        c.image_tokens,
+        c.image_tokens,
+    )
+
+
 def encode_images(
     params: Llava, c: LlavaConfig, pixels: Float[Array, "M E E 3"], *, backend: str = "auto"
 ) -> Float[Array, "M P D"]:
@@ -117,79 +168,31 @@ def encode_images(
     return x if p.fc2_bias is None else x + p.fc2_bias
 
 
-def embed(
-    params: Llava,
-    c: LlavaConfig,
-    ids: Int[Array, "B T"],
-    features: Float[Array, "B I P D"] | None,
-    before: Int[Array, "B"] | None = None,
-) -> Float[Array, "B T D"]:
-    """Word embeddings, with the n-th image placeholder of a row replaced by the row's n-th image token.
-
-    before: image tokens that `ids` do not hold, as they came earlier.
-    """
-    x = decoder.embed_tokens(params.decoder, ids)
-    if features is None:
-        return x
-    B, _, _, D = features.shape
-    features = jnp.reshape(constrain(features, BATCH), (B, -1, D), out_sharding=layout(BATCH))
-    is_image = ids == c.image_token_id
-    index = jnp.cumsum(is_image, axis=1) - 1 + (0 if before is None else before[:, None])
-    index = jnp.clip(index, 0, features.shape[1] - 1)
-    tokens = jnp.take_along_axis(features, index[:, :, None], axis=1)
-    return jnp.where(is_image[:, :, None], tokens.astype(x.dtype), x)
-
-
-def prefill(
-    params: Llava,
-    c: LlavaConfig,
-    ids: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
-    features: Float[Array, "B I P D"] | None = None,
-    **kwargs,
-) -> Output:
-    """Run right-padded prompts. Keyword arguments as for `decoder.run`; `capacity` keeps a cache for decoding."""
-    return forward(params.decoder, c.decoder, right_padded(embed(params, c, ids, features), lengths), **kwargs)
-
-
-def extend(
-    params: Llava,
-    c: LlavaConfig,
-    ids: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
-    cache: Cache,
-    features: Float[Array, "B I P D"] | None = None,
-    before: Int[Array, "B"] | None = None,
-    **kwargs,
-) -> Output:
-    """Append right-padded tokens, which may hold images, to each row of a cache: a further turn, a prompt's rest.
-
-    before: image tokens of `features` that the cache holds already.
-    """
-    stream = right_padded(embed(params, c, ids, features, before), lengths, cache.length)
-    return forward(params.decoder, c.decoder, stream, cache=cache, **kwargs)
-
-
-def resume(
-    params: Llava, c: LlavaConfig, hidden: Float[Array, "B T D"], lengths: Int[Array, "B"], spec: ReadSpec, **kwargs
-) -> Output:
-    """Go on from layer `spec.start` with the hidden states of a prefill that stopped there."""
-    return forward(params.decoder, c.decoder, right_padded(hidden, lengths), spec=spec, **kwargs)
-
-
-def flops(c: LlavaConfig, tokens: int, keys: int, logits: int = 1) -> int:
-    """Analytic FLOPs of one row's decoder pass: 2 per multiply-add, `tokens` queries over `keys` keys on average."""
-    d = c.decoder
-    weights = d.width * d.head_dim * 2 * (d.num_heads + d.num_kv_heads) + 3 * d.width * d.mlp_width
-    attention = 2 * d.num_heads * d.head_dim * keys
-    return 2 * (d.num_layers * tokens * (weights + attention) + logits * d.width * d.vocab_size)
-
-
-def image_flops(c: LlavaConfig) -> int:
-    """Analytic FLOPs of encoding one image, connector included."""
+def image_flops(c: LlavaConfig, arrays: Any = None) -> int:
+    """Analytic FLOPs of encoding one image, connector included; all have the same size."""
     v, D = c.vision, c.decoder.width
     T = v.grid[0] * v.grid[1] + 1
     layers = max(clip.hidden_index(v, f) for f in c.feature_layers)
     block = T * (4 * v.width**2 + 2 * v.width * v.mlp_width) + 2 * T * T * v.width
     connector = c.image_tokens * (v.width * len(c.feature_layers) * D + D * D)
     return 2 * (T * 3 * v.patch_size**2 * v.width + layers * block + connector)
+
+
+__all__ = [
+    "SETUPS",
+    "Llava",
+    "LlavaConfig",
+    "Projector",
+    "check_processor",
+    "default_buckets",
+    "embed",
+    "encode_images",
+    "extend",
+    "flops",
+    "geometry_of",
+    "image_flops",
+    "prefill",
+    "process",
+    "resume",
+    "specs",
+]

@@ -45,6 +45,7 @@ class Proposals(NamedTuple):
 def propose(
     heatmap: Float[Array | np.ndarray, "h w"],
     visible: Bool[Array | np.ndarray, "h w"] | None = None,
+    border: Int[Array | np.ndarray, "2"] | None = None,
     *,
     num_anchors: int = 30,
     smallest: int = 3,
@@ -59,6 +60,7 @@ def propose(
 
     heatmap: relevance, not negative.
     visible: cells outside it are treated like cells outside the map; None is all (the paper's reading of padding).
+    border: rows and columns of the map, where what lies behind them is padding (not `visible`); None is all.
     num_anchors, smallest, largest, distance: the paper's k, s_min, s_max and s_dist, in cells. Sizes grow by one cell
         on each side, so a largest size of another parity than the smallest is not reached.
     threshold: a region grows while the mean of the grown region is at least `threshold` times the value at its anchor
@@ -76,7 +78,8 @@ def propose(
     if threshold_ref not in references:
         raise UserError(f"regions: threshold_ref={threshold_ref!r}; expected one of {', '.join(references)}")
     mean = threshold * references[threshold_ref]
-    cells = grow(heatmap, seen, anchors.cells, mean, smallest=smallest, largest=largest)
+    limit = jnp.array(heatmap.shape) if border is None else jnp.asarray(border)
+    cells = grow(heatmap, seen, anchors.cells, mean, limit, smallest=smallest, largest=largest)
     valid = suppress(cells, anchors.valid, nms_iou)
     return Proposals(jnp.where(valid[:, None], cells, 0), anchors.cells, anchors.scores, valid, uniform)
 
@@ -124,11 +127,12 @@ def grow(
     visible: Bool[Array, "h w"],
     anchors: Int[Array, "n 2"],
     reference: float | Float[Array, ""] | Float[Array, "n"],
+    border: Int[Array, "2"],
     *,
     smallest: int,
     largest: int,
 ) -> Int[Array, "n 4"]:
-    """Square regions centred on the anchors and cut off at the border of the map, as large as the map allows.
+    """Square regions centred on the anchors and cut off at the border (rows, columns), as large as the map allows.
 
     From `smallest` cells they grow by one on each side, up to `largest`, while the mean over the visible cells of the
     grown region is at least `reference` (one for all, or one for each).
@@ -137,7 +141,7 @@ def grow(
         raise UserError(f"regions: sizes {smallest} to {largest}; expected 1 <= smallest <= largest")
     sizes = jnp.arange(smallest, largest + 1, 2)
     start = anchors[:, None] - sizes[:, None] // 2
-    start, stop = jnp.maximum(start, 0), jnp.minimum(start + sizes[:, None], jnp.array(heatmap.shape))
+    start, stop = jnp.maximum(start, 0), jnp.minimum(start + sizes[:, None], border)
     rows, columns = (_bands(start[..., axis], stop[..., axis], heatmap.shape[axis]) for axis in (0, 1))
     # Divided by a power of two, which is exact, so that a sum of huge values cannot overflow.
     _, exponent = jnp.frexp(jnp.abs(heatmap).max())

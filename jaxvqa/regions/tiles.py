@@ -6,25 +6,19 @@ prompts; the map of the whole is put together from theirs, none scaled by itself
     tiles = high_res_split(image.size)
     maps = [map of each in cut(image, tiles)]                   # [rows · columns, h, w]
     whole = join(maps, tiles)                                   # [rows · h, columns · w]
-    box = search(whole, joined_geometry(image.size, tiles, (h, w), side), base)
+    box = windows.search(whole, image.size, base, geometry=joined_geometry(image.size, tiles, (h, w), side))
 
 Where the encoder pads a tile or crops it, its map does not cover the tile cell by cell: `transforms.resample` it onto
 `geometry.for_squash` of the tile first, as the release does not.
 """
-
-from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 from PIL import Image
 
 from jaxvqa.errors import UserError
 from jaxvqa.geometry import Geometry
-from jaxvqa.regions.windows import RATIOS, Tiles, find, plan
+from jaxvqa.regions.windows import Tiles
 from jaxvqa.typing import Array, Float
-
-SIDES = tuple(sorted(side for n in range(4, 14) for side in (2**n, 3 * 2 ** (n - 1))))
-"""Sides to which joined maps are padded: 16, 24, 32, 48, 64, ..."""
 
 
 def tile_boxes(tiles: Tiles) -> np.ndarray:
@@ -51,7 +45,9 @@ def join(maps: Float[Array | np.ndarray, "n h w"], tiles: Tiles) -> Float[Array 
     return grid.transpose(0, 2, 1, 3).reshape(tiles.rows * h, tiles.columns * w)
 
 
-def joined_geometry(image_size: tuple[int, int], tiles: Tiles, grid: tuple[int, int], encoder_size: int) -> Geometry:
+def joined_geometry(
+    image_size: tuple[int, int], tiles: Tiles, grid: tuple[int, int], encoder_size: int | tuple[int, int]
+) -> Geometry:
     """Where the cells of a joined map look, if the grid (h, w) of each tile covers the tile.
 
     encoder_size: of the encoder; the joined view counts as one squashed input of that side. Cells that lie wholly in
@@ -60,20 +56,3 @@ def joined_geometry(image_size: tuple[int, int], tiles: Tiles, grid: tuple[int, 
     (h, w), (width, height) = grid, tiles.size
     extent = (float(tiles.columns * width), float(tiles.rows * height))
     return Geometry("squash", image_size, encoder_size, (tiles.rows * h, tiles.columns * w), (0.0, 0.0), extent)
-
-
-def search(
-    heatmap: Float[np.ndarray, "H W"], geometry: Geometry, base: float | int, ratios: Sequence[float | int] = RATIOS
-) -> tuple[float, float, float, float]:
-    """`windows.search` in a joined map: xyxy in pixels of the original image, half-open.
-
-    The shape of such a map is the image's own; it is padded to one of few, so that few programs are compiled.
-    """
-    rows, columns = ((0, next((side for side in SIDES if side >= n), n) - n) for n in heatmap.shape)
-    windows = plan(geometry, base, ratios)
-    windows = replace(
-        windows,
-        x_spans=np.pad(windows.x_spans, ((0, 0), columns, (0, 0))),
-        y_spans=np.pad(windows.y_spans, ((0, 0), rows, (0, 0))),
-    )
-    return tuple(np.asarray(find(np.pad(heatmap, (rows, columns)), windows).box).tolist())

@@ -13,7 +13,7 @@ Letters: C ratios, h × w the map's cells, x and y a window's left column and up
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ import numpy as np
 from jax.tree_util import register_dataclass
 
 from jaxvqa.errors import UserError
-from jaxvqa.geometry import Geometry, for_squash
+from jaxvqa.geometry import Geometry, for_squash, missing
 from jaxvqa.typing import Array, Bool, Float, Int
 
 RATIOS = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
@@ -195,6 +195,7 @@ def search(
     alignment: "corrected" places the cells by `geometry`, which it needs, and never chooses padding; "official" lays
         the map over the whole image, wherever the encoder really looked, as the release does.
 
+    The map is padded to one of few shapes, for which programs are compiled.
     Raises UserError for a map that is not finite, an unknown alignment, or a geometry of another image or grid.
     """
     heatmap = np.asarray(heatmap, np.float32)
@@ -213,7 +214,14 @@ def search(
             f"window search: the geometry is of a {geometry.image_size} image on a grid {geometry.grid}, "
             f"the map of a {tuple(image_size)} image on {heatmap.shape}"
         )
-    found = find(heatmap, plan(geometry, base, ratios), neighbours=neighbours, area_norm=area_norm)
+    rows, columns = map(missing, heatmap.shape)
+    windows = plan(geometry, base, ratios)
+    windows = replace(
+        windows,
+        x_spans=np.pad(windows.x_spans, ((0, 0), columns, (0, 0))),
+        y_spans=np.pad(windows.y_spans, ((0, 0), rows, (0, 0))),
+    )
+    found = find(np.pad(heatmap, (rows, columns)), windows, neighbours=neighbours, area_norm=area_norm)
     return tuple(np.asarray(found.box).tolist())
 
 

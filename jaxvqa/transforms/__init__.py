@@ -16,7 +16,7 @@ from jaxvqa.transforms.information_flow import information_flow, inject
 from jaxvqa.transforms.normalise import distribution, minmax
 from jaxvqa.transforms.relative_attention import relative_attention
 from jaxvqa.transforms.resample import overlap, resample
-from jaxvqa.transforms.reweight import log_reweight, on_keys
+from jaxvqa.transforms.reweight import log_reweight
 from jaxvqa.transforms.value_similarity import value_similarity
 
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
     "log_reweight",
     "match_layer",
     "minmax",
-    "on_keys",
     "overlap",
     "pixel_gradient_map",
     "relative_attention",

@@ -19,12 +19,13 @@ def gaussian_blur(
     if sigma < 0:
         raise JaxVQAError(f"gaussian_blur: sigma={sigma}; expected 0 or more cells")
     heatmap = jnp.asarray(heatmap, jnp.float32)
-    rows, columns = (_gaussian(size, sigma, int(truncate * sigma + 0.5)) for size in heatmap.shape[-2:])
+    rows, columns = (blur_weights(size, sigma, truncate) for size in heatmap.shape[-2:])
     return separable_mean(heatmap, rows, columns, heatmap.min((-2, -1)), heatmap.max((-2, -1)))
 
 
-def _gaussian(size: int, sigma: float | int, radius: int) -> Float[np.ndarray, "n n"]:
+def blur_weights(size: int, sigma: float | int, truncate: float | int = 4.0) -> Float[np.ndarray, "n n"]:
     """Weights of each cell (columns) in each blurred one (rows), along one axis."""
+    radius = int(truncate * sigma + 0.5)
     offsets = np.arange(-radius, radius + 1)
     kernel = np.exp(-0.5 * np.square(offsets / (sigma or 1.0)))
     reflected = np.pad(np.arange(size), radius, mode="symmetric")
@@ -48,3 +49,10 @@ def average_pool(heatmap: Float[Array | np.ndarray, "*B h w"], factor: int) -> F
     # Divided first, because a sum of finite numbers may overflow; clipped, so that equal cells stay as they are.
     mean = (blocks / (fh * fw)).sum((-3, -1))
     return jnp.clip(mean, blocks.min((-3, -1)), blocks.max((-3, -1)))
+
+
+def pool_weights(size: int, factor: int) -> Float[np.ndarray, "m n"]:
+    """Weights of each cell (columns) in each pooled one (rows) of `average_pool`, along one axis."""
+    factor = min(factor, size)
+    blocks = np.repeat(np.eye(size // factor, dtype=np.float32) / factor, factor, axis=1)
+    return np.pad(blocks, ((0, 0), (0, size % factor)))

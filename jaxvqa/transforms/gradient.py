@@ -133,6 +133,7 @@ def high_pass_mask(image: Image.Image, view: Geometry) -> Bool[np.ndarray, "E E"
     view: where the encoder looks. Padding has no detail, and no part in the median. ViCrop squashes the whole image,
     wherever the encoder looks: `for_squash`.
     """
+    assert isinstance(view.encoder_size, int), "a square"
     mask = np.zeros((view.encoder_size, view.encoder_size), bool)
     # Rounded first: an edge that lies on a pixel's must not reach into the next one.
     corners = np.clip(view.to_encoder(np.array([(0, 0), view.image_size])).round(6), 0, view.encoder_size)

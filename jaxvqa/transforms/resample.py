@@ -8,12 +8,13 @@ then one program for all image sizes, and `jax.vmap` batches it.
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
 
 from jaxvqa.errors import JaxVQAError
-from jaxvqa.geometry import Geometry
+from jaxvqa.geometry import Geometry, missing
 from jaxvqa.typing import Array, Bool, Float
 
 
@@ -68,6 +69,17 @@ def resample(heatmap: Float[Array | np.ndarray, "*B h w"], onto: Overlap) -> Flo
     return jnp.where(covered, means, low[..., None, None])
 
 
+def lay(heatmap: Float[Array | np.ndarray, "h w"], onto: Overlap) -> Float[np.ndarray, "h2 w2"]:
+    """`resample` of one map, called from the host: padded to one of few shapes, for which it is compiled."""
+    (h2, h), (w2, w) = onto.rows.shape, onto.columns.shape
+    padded = Overlap(
+        np.pad(onto.rows, (missing(h2), missing(h))),
+        np.pad(onto.columns, (missing(w2), missing(w))),
+        np.pad(onto.seen, (missing(h), missing(w))),
+    )
+    return np.asarray(_resample(np.pad(heatmap, (missing(h), missing(w))), padded))[:h2, :w2]
+
+
 def separable_mean(
     heatmap: Float[Array, "*B h w"],
     rows: Float[Array | np.ndarray, "h2 h"],
@@ -83,3 +95,6 @@ def separable_mean(
     low, high = low[..., None, None], high[..., None, None]
     means = jnp.clip(jnp.einsum("yr,...rc->...yc", rows, heatmap, precision="highest"), low, high)
     return jnp.clip(jnp.einsum("xc,...yc->...yx", columns, means, precision="highest"), low, high)
+
+
+_resample = jax.jit(resample)

@@ -1,10 +1,9 @@
-"""Attention to chosen image tokens multiplied by a factor (CoF): the bias that does it, and where it lies."""
+"""Attention to chosen image tokens multiplied by a factor (CoF): the bias that does it."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvqa.typing import Array, Float, Int
+from jaxvqa.typing import Array, Float
 
 HIDDEN = -1e5
 """Bias of a key whose weight is 0: below all scores, but far above that of a masked key (`attention.MASKED`)."""
@@ -29,13 +28,3 @@ def log_reweight(
     mask, strength = jnp.asarray(mask, jnp.float32), jnp.asarray(strength, jnp.float32)
     some = strength >= jnp.finfo(jnp.float32).tiny
     return jnp.where(some, jnp.log(jnp.where(some, strength, 1.0)) * mask, jnp.where(mask > 0, HIDDEN, 0.0))
-
-
-def on_keys(cells: Float[Array, "*B h w"], start: int | Int[Array, ""], keys: int) -> Float[Array, "*B S"]:
-    """An edit of an image's cells as one of S = `keys` keys: the cells from position `start` on, zeros elsewhere.
-
-    The inverse of `requests.Row.on_image`.
-    """
-    flat = cells.reshape(*cells.shape[:-2], -1)
-    wide = jnp.pad(flat, (*((0, 0),) * (flat.ndim - 1), (keys, keys)))
-    return jax.lax.dynamic_slice_in_dim(wide, keys - start, keys, axis=-1)

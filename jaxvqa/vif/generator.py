@@ -19,8 +19,8 @@ from jaxvqa import sharding
 from jaxvqa.attention import NEVER, Mask, attend
 from jaxvqa.errors import JaxVQAError
 from jaxvqa.sharding import ACT_BTD, ACT_BTF, ACT_BTNH, BATCH, ArraySpec, einsum, layout, stack
-from jaxvqa.transforms.gaussian_mixture import gaussian_mixture
-from jaxvqa.typing import Array, Bool, Float
+from jaxvqa.transforms.gaussian_mixture import grid_points, mixture_at
+from jaxvqa.typing import Array, Bool, Float, Int
 from jaxvqa.vision.clip import LayerNorm, layer_norm, norm_specs
 
 NORM_EPS = 1e-5
@@ -223,20 +223,23 @@ def initialise(c: GeneratorConfig, key: Array, dtype: DTypeLike = jnp.float32) -
 
 def prior(
     params: Generator, c: GeneratorConfig, vision: Float[Array, "B P D"], text: Float[Array, "B Q D"],
-    mask: Bool[Array, "B Q"],
+    mask: Bool[Array, "B Q"], seen: Bool[Array, "B P"] | None = None,
 ) -> tuple[Float[Array, "B n Z"], Float[Array, "B n Z"]]:  # fmt: skip
-    """Mean and log-variance of p(z | image, question), in f32. mask: which of `text` is the question, not padding."""
-    return _branch(params, params.prior, c, vision, text, mask)
+    """Mean and log-variance of p(z | image, question), in f32.
+
+    mask: which of `text` is the question, not padding. seen: which of `vision` is the image; None is all.
+    """
+    return _branch(params, params.prior, c, vision, text, mask, seen)
 
 
 def posterior(
     params: Generator, c: GeneratorConfig, vision: Float[Array, "B P D"], text: Float[Array, "B Q D"],
-    mask: Bool[Array, "B Q"],
+    mask: Bool[Array, "B Q"], seen: Bool[Array, "B P"] | None = None,
 ) -> tuple[Float[Array, "B n Z"], Float[Array, "B n Z"]]:  # fmt: skip
     """Mean and log-variance of q(z | image, question, answer); `text` is both of these, in any order."""
     if params.posterior is None:
         raise JaxVQAError("generator: it was loaded without its posterior, which training needs")
-    return _branch(params, params.posterior, c, vision, text, mask)
+    return _branch(params, params.posterior, c, vision, text, mask, seen)
 
 
 def latent(
@@ -263,13 +266,15 @@ def components(
 
 
 def render(
-    renderer: Renderer, c: GeneratorConfig, z: Float[Array, "B n Z"], grid: tuple[int, int]
-) -> Float[Array, "B h w"]:
-    """The importance map M, in f32: not negative, of sum one."""
-    return gaussian_mixture(*components(renderer, c, z), grid, map_norm=c.map_norm, temperature=c.temperature)
+    renderer: Renderer, c: GeneratorConfig, z: Float[Array, "B n Z"], shape: Int[Array, "B 2"], count: int
+) -> Float[Array, "B P"]:
+    """The importance map M over P = `count` cells, of which the first are a grid of `shape`: f32, >= 0, of sum one."""
+    there = jnp.arange(count) < shape.prod(-1, keepdims=True)
+    mixture, points = components(renderer, c, z), grid_points(shape, count)
+    return mixture_at(*mixture, points, there, map_norm=c.map_norm, temperature=c.temperature)
 
 
-def _branch(params: Generator, w: Branch, c: GeneratorConfig, vision, text, mask):
+def _branch(params: Generator, w: Branch, c: GeneratorConfig, vision, text, mask, seen):
     e, slots = w.encoder, w.slots or params.prior.slots
     assert slots is not None, "the prior has its own"
     v = _linear(e.vision_in, vision)
@@ -279,7 +284,7 @@ def _branch(params: Generator, w: Branch, c: GeneratorConfig, vision, text, mask
     def layer(v, t, i):
         with jax.named_scope("vif/layer"):
             w = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), e.layers)
-            return _layer(w, c, v, t, mask)
+            return _layer(w, c, v, t, mask, seen)
 
     def step(vt, i):
         return layer(vt[0], vt[1], i), None
@@ -291,19 +296,19 @@ def _branch(params: Generator, w: Branch, c: GeneratorConfig, vision, text, mask
     v, _ = layer(v, t, last)
     v = layer_norm(v, e.vision_norm, NORM_EPS)
     queries = jnp.broadcast_to(slots.queries, (len(v), *slots.queries.shape), out_sharding=layout(ACT_BTD))
-    x = _attend(slots.attn, c, queries, v, None)
+    x = _attend(slots.attn, c, queries, v, seen)
     mean, logvar = (_linear(head, x).astype(jnp.float32) for head in (w.mean, w.logvar))
     return mean, jnp.clip(logvar, -5.0, 5.0)
 
 
-def _layer(w: Layer, c: GeneratorConfig, v, t, mask):
+def _layer(w: Layer, c: GeneratorConfig, v, t, mask, seen):
     """Both streams: self-attention, then each looks at the other as it now is, not normalised; then the MLPs."""
     h = layer_norm(v, w.vision.norm1, NORM_EPS)
-    v = v + _attend(w.vision.self_attn, c, h, h, None)
+    v = v + _attend(w.vision.self_attn, c, h, h, seen)
     h = layer_norm(t, w.text.norm1, NORM_EPS)
     t = t + _attend(w.text.self_attn, c, h, h, mask if c.text_self_mask else None)
     v = v + _attend(w.vision.cross_attn, c, layer_norm(v, w.vision.norm2, NORM_EPS), t, mask)
-    t = t + _attend(w.text.cross_attn, c, layer_norm(t, w.text.norm2, NORM_EPS), v, None)
+    t = t + _attend(w.text.cross_attn, c, layer_norm(t, w.text.norm2, NORM_EPS), v, seen)
     return v + _mlp(w.vision, v), t + _mlp(w.text, t)
 
 

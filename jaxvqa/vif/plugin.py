@@ -64,7 +64,9 @@ class Flow:
     """The plugin's carry: where images and text lie, and the maps so far."""
 
     cells: Int[Array, "*B I P"]
-    """Positions of each image's cells; negative where a row has fewer images."""
+    """Positions of each image's cells; negative where a row has fewer images, and behind the last cell."""
+    shapes: Int[Array, "*B I 2"]
+    """Rows and columns of each image's grid."""
     text: Int[Array, "*B Q"]
     """Positions of the tokens that are neither image nor padding; negative behind the last."""
     rows: Bool[Array, "*B T"]
@@ -77,11 +79,13 @@ class Flow:
 
 
 def begin(row: Row, *seed: Int[Array, ""]) -> Flow:
-    """The carry of one sample before prefill, for a prompt with all images of `row.image_starts`; a seed samples z."""
-    cells = row.image_starts[:, None] + jnp.arange(row.grid[0] * row.grid[1], dtype=jnp.int32)
-    rows = (jnp.arange(row.keys) < row.length).at[cells.ravel()].set(False)
-    text = jnp.flatnonzero(rows, size=row.keys - cells.size, fill_value=-1).astype(jnp.int32)
-    return Flow(cells, text, rows, seed[0] if seed else None, row.grid)
+    """The carry of one sample before prefill, for a prompt with all images of `row.cells`; a seed samples z."""
+    here = (row.cells[..., None] == jnp.arange(row.keys)).any((0, 1))
+    rows = (jnp.arange(row.keys) < row.length) & ~here
+    # Grids that vary hold fewer cells than their padding says, and so leave more text.
+    size = row.keys - row.cells.size * (row.grid[0] > 1)
+    text = jnp.flatnonzero(rows, size=size, fill_value=-1).astype(jnp.int32)
+    return Flow(row.cells, row.shapes, text, rows, seed[0] if seed else None, row.grid)
 
 
 def end(flow: Flow) -> Float[Array, "I h w"]:
@@ -123,13 +127,14 @@ def make_maps(params: Injection, hidden: Float[Array, "B T D"], flow: Flow, numb
     vision = per_image(states(_per_row(flow.cells, images * P)), P, D)
     text = per_image(jnp.repeat(states(flow.text), images, axis=0, out_sharding=layout(ACT_BTD)), Q, D)
     mask = per_image(jnp.repeat(flow.text >= 0, images, axis=0, out_sharding=layout(BATCH)), Q)
-    mean, logvar = generator.prior(params.generator, params.config, vision, text, mask)
+    seen = None if flow.grid[0] > 1 else per_image(flow.cells >= 0, P)
+    mean, logvar = generator.prior(params.generator, params.config, vision, text, mask, seen)
     keys = None
     if flow.seeds is not None:
         row_keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), number))(flow.seeds)
         keys = jax.vmap(lambda key: jax.random.split(key, images))(row_keys).reshape(B * images)
     z = generator.latent(mean, logvar, keys)
-    maps = generator.render(params.generator.renderer, params.config, z, flow.grid)
+    maps = generator.render(params.generator.renderer, params.config, z, per_image(flow.shapes, 2), P)
     return jnp.reshape(maps, (B, images, P), out_sharding=layout(BATCH))
 
 

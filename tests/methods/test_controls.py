@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from small import cells_from
 from tiny import tiny_llava
 
 import jaxvqa
@@ -292,7 +293,14 @@ def test_random_masks_reach_the_whole_image():
 def edit_of(mask, strengths, start, keys):
     """The one edit that `reweight` makes for a prompt of `keys` tokens whose image begins at `start`."""
     row = Row(
-        jnp.array([start, 90]), jnp.int32(keys), jnp.zeros(1, int), jnp.ones(1, bool), None, None, mask.shape, keys
+        cells_from([start, 90], mask.shape),
+        jnp.int32(keys),
+        jnp.zeros(1, int),
+        jnp.ones(1, bool),
+        None,
+        None,
+        mask.shape,
+        keys,
     )
     (edit,) = reweight(row, jnp.asarray(mask), jnp.asarray(strengths, jnp.float32)[:, None]).edits
     return edit

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example as case
 from hypothesis import given
 from hypothesis import strategies as st
+from small import cells_from
 from tiny import tiny_llava
 
 import jaxvqa
@@ -465,7 +466,9 @@ def test_the_reduction_compares_with_the_images_cells_over_all_tokens(feature):
         (u := np.einsum("IKH,JKH->IJ", layer, layer) + np.eye(10)) / u.sum(1, keepdims=True) for layer in unit
     )
     readouts = Readouts(**{{"value": "values", "key_no_rope": "keys"}[feature]: jnp.asarray(read)})
-    row = Row(jnp.array([3]), jnp.int32(10), jnp.array([8, 9]), jnp.array([True, False]), readouts, None, (2, 2), 12)
+    row = Row(
+        cells_from([3], (2, 2)), jnp.int32(10), jnp.array([8, 9]), jnp.array([True, False]), readouts, None, (2, 2), 12
+    )
     maps, wanted = token_maps(row, feature, "row")
     np.testing.assert_allclose(maps, expected[[8, 9], 3:7].reshape(2, 2, 2), atol=1e-5)
     assert wanted.tolist() == [True, False]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from small import cells_from
 
 import jaxvqa
 from jaxvqa import methods
@@ -172,7 +173,7 @@ def test_a_map_that_is_not_wanted_is_not_asked_for(maps, kinds):
 
 def row_of(rows, wanted, grid=(2, 2), **fields):
     return Row(
-        jnp.array([3]), jnp.int32(10), jnp.zeros(len(wanted), int), jnp.asarray(wanted),
+        cells_from([3], grid), jnp.int32(10), jnp.zeros(len(wanted), int), jnp.asarray(wanted),
         Readouts(rows=jnp.asarray(rows, jnp.float32)), None, grid, rows.shape[-1], **fields,
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from small import cells_from
 from tiny import tiny_llava
 
 import jaxvqa
@@ -283,7 +284,15 @@ def test_options_that_mean_nothing_are_refused(options, message):
 def row_of(readouts, gradient=None, starts=(3,), grid=(2, 2)):
     keys = 10
     return Row(
-        jnp.array(starts), jnp.int32(keys), jnp.zeros(1, int), jnp.ones(1, bool), readouts, None, grid, keys, gradient
+        cells_from(starts, grid),
+        jnp.int32(keys),
+        jnp.zeros(1, int),
+        jnp.ones(1, bool),
+        readouts,
+        None,
+        grid,
+        keys,
+        gradient,
     )
 
 

@@ -50,7 +50,7 @@ def test_transformers_gives_the_same_answers(asked, measured):
         out = model.generate(
             input_ids=torch.tensor(row.tokens.ids)[None].long(),
             attention_mask=torch.ones(1, len(row.tokens.ids), dtype=torch.long),
-            pixel_values=torch.tensor(row.pixels.transpose(0, 3, 1, 2)),
+            pixel_values=torch.tensor(row.images[0].arrays.transpose(2, 0, 1))[None],
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
             output_logits=True,
@@ -79,4 +79,4 @@ def test_transformers_own_processor_makes_the_same_prompt_and_pixels(asked):
         theirs = tokenizer(f"{marker * vlm.config.image_tokens}\nUSER: {text}\nASSISTANT:")["input_ids"]
         assert row.tokens.ids.tolist() == theirs
         pixels = processor(images=[image], return_tensors="np")["pixel_values"][0]
-        np.testing.assert_array_equal(row.pixels[0], pixels.transpose(1, 2, 0))
+        np.testing.assert_array_equal(row.images[0].arrays, pixels.transpose(1, 2, 0))

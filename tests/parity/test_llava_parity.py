@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import reference
 from reference import Reference
+from small import side_by_side
 from tiny import VOCABULARY
 
 import jaxvqa
@@ -76,7 +77,7 @@ def case_of(tmp_path_factory):
         for row, count in enumerate(IMAGES):
             for i in range(count):
                 image = next(images)
-                pixels[row, i] = vlm.preprocess(image)[0]
+                pixels[row, i] = vlm.process(image).arrays
                 theirs.append(processor(image, return_tensors="pt")["pixel_values"])
         ids = reference.prompts(vlm.config.image_tokens, LENGTHS, IMAGES)
         import torch
@@ -101,7 +102,8 @@ def ours(params, config, ids, lengths, pixels, *, swap_images=False):
     features = llava.encode_images(params, config, jax.lax.collapse(pixels, 0, 2))
     features = features.reshape(*pixels.shape[:2], *features.shape[1:])
     features = features[:, ::-1] if swap_images else features
-    out = llava.prefill(params, config, ids, lengths, features, taps=Taps(rows=jnp.asarray(ROWS)), spec=SPEC)
+    images = side_by_side(features, ids, config.image_token_id)
+    out = llava.prefill(params, config, ids, lengths, *images, taps=Taps(rows=jnp.asarray(ROWS)), spec=SPEC)
     hidden = out.readouts.hidden
     last = decoder.rms_norm(hidden[-1], params.decoder.norm, config.decoder.norm_eps)
     logits = decoder.finish(params.decoder, config.decoder, hidden[-1])
@@ -167,7 +169,9 @@ def test_a_mutation_breaks_parity(case_of, name, measured):
 def forced(params, config, ids, lengths, features):
     """Logits [B, FORCED, V] of the last FORCED tokens, run on a cache one by one, and all at once."""
     start = lengths - FORCED
-    out = llava.prefill(params, config, ids, start, features, capacity=ids.shape[1] + FORCED)
+    out = llava.prefill(
+        params, config, ids, start, *side_by_side(features, ids, config.image_token_id), capacity=ids.shape[1] + FORCED
+    )
     tokens = jnp.take_along_axis(ids, start[:, None] + jnp.arange(FORCED), axis=1)
     together = llava.extend(params, config, tokens, jnp.full_like(lengths, FORCED), out.cache)
 
@@ -197,7 +201,8 @@ def features_of(case):
 
 @functools.partial(jax.jit, static_argnames="eos")
 def generate(params, config, ids, lengths, features, eos):
-    out = llava.prefill(params, config, ids, lengths, features, capacity=ids.shape[1] + NEW_TOKENS)
+    images = side_by_side(features, ids, config.image_token_id)
+    out = llava.prefill(params, config, ids, lengths, *images, capacity=ids.shape[1] + NEW_TOKENS)
     return decoding.decode(params.decoder, config.decoder, out, max_new_tokens=NEW_TOKENS, eos_ids=eos)
 
 
@@ -249,4 +254,4 @@ def test_pixels_match_the_hf_processor(case_of):
     )  # fmt: skip
     for image in reference.pictures():
         expected = theirs(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-        np.testing.assert_allclose(padded.preprocess(image)[0], expected, atol=1e-5)
+        np.testing.assert_allclose(padded.process(image).arrays, expected, atol=1e-5)

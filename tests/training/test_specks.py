@@ -98,7 +98,7 @@ def test_packing_does_not_change_what_a_question_is_answered():
 
     @jax.jit
     def logits(rows):
-        embedded = llava.embed(params, CONFIG, rows.ids, features)
+        embedded = llava.embed(params, CONFIG, rows.ids, features[:, 0], rows.patch)
         stream = decoder.Stream(embedded, rows.position, rows.order, rows.segment)
         hidden, *_ = decoder.run(params.decoder, CONFIG.decoder, stream)
         return decoder.finish(params.decoder, CONFIG.decoder, hidden)

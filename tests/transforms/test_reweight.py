@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from small import cells_from
 
 from jaxvqa.attention import NEVER, Mask, attend, attention_rows
-from jaxvqa.transforms.reweight import log_reweight, on_keys
+from jaxvqa.requests import Row
+from jaxvqa.transforms.reweight import log_reweight
 
 B, T, N, H, GRID, START = 2, 7, 4, 6, (2, 3), 1
 """Keys: a word, the 2 × 3 cells of an image, a word that two queries see but one sample lacks (padding)."""
@@ -24,6 +26,13 @@ seeds = st.integers(0, 999)
 strengths = st.sampled_from([0.0, 1e-20, 0.3, 1.0, 2.0, 4.5, 22.0])
 soft = arrays(np.float32, (B, *GRID), elements=st.floats(0, 1, width=32))
 hard = arrays(np.float32, (B, *GRID), elements=st.sampled_from([0.0, 1.0]))
+
+
+def on_keys(cells, start, keys):
+    """The bias of an image whose first cell lies at `start`."""
+    grid = cells.shape[-2:]
+    at = cells_from([start], grid)
+    return Row(at, jnp.int32(keys), jnp.zeros(1, int), jnp.ones(1, bool), None, None, grid, keys).on_keys(cells)
 
 
 def drawn(seed):
@@ -118,11 +127,3 @@ def test_the_mass_on_chosen_tokens_of_a_uniform_row(strength, count, mass):
     q, k = jnp.zeros((1, 1, 1, 8)), jnp.zeros((1, 640, 1, 8))
     row = attention_rows(q, k, None, scale=1.0, key_bias=on_keys(log_reweight(mask, strength), 35, 640)[None])
     assert float(row[0, 0, 0, 35 : 35 + count].sum()) == pytest.approx(mass, abs=1e-5)
-
-
-@pytest.mark.parametrize("start", [0, 2, 4])
-def test_cells_lie_on_keys_in_reading_order_and_zeros_around_them(start):
-    cells = jnp.arange(1.0, 13).reshape(2, 2, 3)
-    keys = np.zeros((2, 10))
-    keys[:, start : start + 6] = np.arange(1, 13).reshape(2, 6)
-    np.testing.assert_array_equal(on_keys(cells, start, 10), keys)

@@ -49,10 +49,16 @@ def gaussian(params, c, vision, text, mask, which="prior"):
     return getattr(generator, which)(params, c, vision, text, mask)
 
 
+def drawn(renderer, c, z, grid=GRID):
+    """Maps [B, h, w]."""
+    maps = generator.render(renderer, c, z, jnp.broadcast_to(jnp.array(grid), (len(z), 2)), grid[0] * grid[1])
+    return maps.reshape(len(z), *grid)
+
+
 @functools.partial(jax.jit, static_argnames=("c",))
 def importance(params, c, vision, text, mask, keys=None):
     z = generator.latent(*generator.prior(params, c, vision, text, mask), keys)
-    return generator.render(params.renderer, c, z, GRID)
+    return drawn(params.renderer, c, z)
 
 
 @pytest.mark.parametrize("which", ["prior", "posterior"])
@@ -187,7 +193,7 @@ def test_the_renderer_begins_with_the_spreads_of_its_initialisation(init, spread
 
 def test_the_released_initialisation_gives_a_flat_map():
     c = GeneratorConfig.of(6, "released", **TINY)
-    ours = generator.render(initialise(c, jax.random.key(0)).renderer, c, jnp.zeros((1, 3, 8)), (24, 24))
+    ours = drawn(initialise(c, jax.random.key(0)).renderer, c, jnp.zeros((1, 3, 8)), (24, 24))
     assert ours.min() * 576 == pytest.approx(0.796372, abs=1e-5)
     assert ours.max() * 576 == pytest.approx(1.158780, abs=1e-5)
 
@@ -226,7 +232,7 @@ def test_the_gradient_of_the_posteriors_map_reaches_all_but_the_last_text_stream
 
     def loss(params):
         z = generator.latent(*generator.posterior(params, c, *states), keys)
-        return (weigh * generator.render(params.renderer, c, z, GRID)).sum()
+        return (weigh * drawn(params.renderer, c, z)).sum()
 
     prior = ("prior.",) if not c.share_slots else ("prior.encoder", "prior.mean", "prior.logvar")
     assert_reached(loss, params, c, beside=prior)

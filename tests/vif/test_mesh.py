@@ -32,7 +32,7 @@ def child():
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from small import parameters
+    from small import cells_from, parameters
 
     from jaxvqa import decoder, sharding, vif
     from jaxvqa.decoder import DecoderConfig, right_padded
@@ -56,7 +56,8 @@ def child():
         params, weights = models
         x, starts, lengths, seeds = (constrain(a, BATCH) for a in (x, starts, lengths, seeds))
         last = jnp.zeros_like(lengths)[:, None]
-        row = Row(starts, lengths, last, last == 0, None, None, (2, 2), 16)
+        shapes = jnp.stack([jnp.full_like(starts, 2)] * 2, axis=-1)
+        row = Row(cells_from(starts, (2, 2)), lengths, last, last == 0, None, None, (2, 2), 16, shapes=shapes)
         plugin = replace(vif.plugin(weights, g, ((0, 2), (1, 3))), carry=jax.vmap(begin)(row, seeds))
         hidden, cache, _, after = decoder.run(
             params, c, right_padded(x, lengths), plugins=(plugin,), capacity=17, backend="xla"

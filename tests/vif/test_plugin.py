@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import CONFIG, dense, parameters
+from small import CONFIG, cells_from, dense, parameters
 
 from jaxvqa import decoder, vif
 from jaxvqa.decoder import right_padded
@@ -47,7 +47,8 @@ def states(seed=0, length=T):
 def carry(images, *seeds, lengths=LENGTHS, starts=None, keys=T):
     starts = np.array(STARTS[images] if starts is None else starts, np.int32).reshape(len(lengths), images)
     last = jnp.zeros((len(lengths), 1), jnp.int32)
-    row = Row(jnp.asarray(starts), jnp.asarray(lengths), last, last == 0, None, None, GRID, keys)
+    shapes = jnp.broadcast_to(jnp.array(GRID), (*starts.shape, 2))
+    row = Row(cells_from(starts, GRID), jnp.asarray(lengths), last, last == 0, None, None, GRID, keys, shapes=shapes)
     return jax.vmap(begin)(row, *seeds)
 
 
@@ -142,7 +143,8 @@ def test_a_batch_may_mix_samples_with_an_image_and_without(params, trained):
     text = np.full((B, T), -1, np.int32)
     for b in range(B):
         text[b, : rows[b].sum()] = np.flatnonzero(rows[b])
-    flow = Flow(jnp.asarray(cells), jnp.asarray(text), jnp.asarray(rows), None, GRID)
+    shapes = jnp.broadcast_to(jnp.array(GRID), (*cells.shape[:2], 2))
+    flow = Flow(jnp.asarray(cells), shapes, jnp.asarray(text), jnp.asarray(rows), None, GRID)
     plugin = vif.plugin(trained, C, PAIRS)
     mixed = run(params, x, LENGTHS, (replace(plugin, carry=flow),))[0]
     whole = run(params, x, LENGTHS, (replace(plugin, carry=carry(1)),))[0]
