@@ -1,5 +1,7 @@
 """Cells, encoder pixels and image pixels, for padded, centre-cropped and squashed images."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -219,3 +221,14 @@ def test_llava_boxes_refer_to_the_padded_square():
 def test_llava_boxes_survive_the_round_trip(size, fractions):
     box = np.array(fractions) * np.tile(size, 2)
     assert from_padded(to_padded(box, size), size) == pytest.approx(box, abs=1e-9)
+
+
+@given(st.sampled_from([(2, 3), (1, 1), (5, 1)]), st.sampled_from([None, 15, 40]), st.integers(0, 9))
+def test_a_map_for_a_program_comes_back_on_its_grid(grid, capacity, seed):
+    """Padded behind its cells where grids vary, as it is where they do not."""
+    view = replace(for_squash(70, 30, 336, grid), capacity=capacity)
+    maps = np.random.default_rng(seed).random((2, *grid))
+    given = view.for_program(maps)
+    assert given.shape == (2, *(grid if capacity is None else (1, capacity)))
+    assert given.sum() == pytest.approx(maps.sum())
+    np.testing.assert_array_equal(view.on_grid(given), maps)

@@ -348,9 +348,10 @@ def test_a_missing_phrase_is_named():
 
 
 words = st.text(st.sampled_from("abc  ,?é☀\n"), min_size=1).filter(str.strip)
+ANYWHERE = [name for name, template in TEMPLATES.items() if not template.images_outside]
 
 
-@given(words, words, st.sampled_from(list(TOKENIZERS)), st.sampled_from(list(TEMPLATES)), st.data())
+@given(words, words, st.sampled_from(list(TOKENIZERS)), st.sampled_from(ANYWHERE), st.data())
 def test_a_character_range_gives_exactly_the_tokens_that_overlap_it(left, right, name, template, data):
     tokenizer = TOKENIZERS[name]
     tokens = tokens_of(tokenizer, render(template, f"{left}<image>{right}", ending="open"))
@@ -365,6 +366,34 @@ def test_a_character_range_gives_exactly_the_tokens_that_overlap_it(left, right,
     at = tokens.text.index("<image>")
     covered[at : at + 7] = True
     assert all(tokens.text[i].isspace() for i in np.flatnonzero(~covered))
+
+
+def test_images_outside_stand_before_the_first_token_of_the_text_and_nowhere_else():
+    tokenizer = TOKENIZERS["bytes"]
+    tokens = tokens_of(tokenizer, render("instructblip", "What is this?", num_images=2), [2, 3])
+    text = tokenizer("Question: What is this? Short answer:")["input_ids"]
+    assert tokens.ids.tolist() == [image_id(tokenizer)] * 5 + text
+    assert tokens.image_spans == ((0, 2), (2, 3))
+    assert segments(tokens, "user") == ["What is this?"] or segments(tokens, "user") == [" What is this?"]
+    with pytest.raises(UserError, match="takes images first"):
+        tokens_of(tokenizer, render("instructblip", "What is <image> this?"))
+
+
+def test_a_tokenizer_may_have_a_marker_of_its_own():
+    """Qwen's is longer than ours: characters are counted in the prompt as it is written."""
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]})
+    pad, before, after = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|vision_start|>", "<|vision_end|>"])
+    prompt = render("qwen2_5_vl", "Is this <image> like <image>?", num_images=2)
+    tokens = tokenise(tokenizer, prompt, pad, [2, 3])
+    (one, _), (two, _) = tokens.image_spans
+    for at, count in tokens.image_spans:
+        assert tokens.ids[at - 1 : at + count + 1].tolist() == [before, *[pad] * count, after]
+    assert [tokens.text[a:b] for a, b in tokens.offsets[tokens.span("like")]][-1].endswith("e")
+    assert "".join(tokens.text[a:b] for a, b in tokens.offsets[tokens.span("like")]).strip() == "like"
+    assert one < tokens.span("like")[0] < two
+    with pytest.raises(UserError, match="contains the image token itself"):
+        tokenise(tokenizer, render("qwen2_5_vl", "What is <|image_pad|>?"), pad, 2)
 
 
 def test_a_tokenizer_without_the_marker_is_refused():

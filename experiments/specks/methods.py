@@ -69,8 +69,10 @@ ROWS = {
     "HiPerson, attention only": replace(SHOWN, maps="rel"),
     "HiPerson, gradient only": replace(SHOWN, maps="grad"),
     "HiPerson, crop without steps": replace(SHOWN, prompt="vicrop"),
+    "HiPerson, steps on a random crop": RandomCrop(SHOWN),
     "FOCUS": Focus(like=PLAIN),
     "FOCUS, top region": Focus(n_steps=1, overrun=False, like=PLAIN),
+    "FOCUS, keys without rope": Focus(feature="key_no_rope", like=PLAIN),
     "FOCUS, random map": Focus(feature="random", like=PLAIN),
     "FOCUS, ground-truth map": TruthMap(Focus(like=PLAIN)),
     "CoF": Cof(),
@@ -80,7 +82,7 @@ ROWS = {
 }
 ABLATIONS = (
     "ViCrop, pure_grad", "HiPerson, attention only", "HiPerson, gradient only", "HiPerson, crop without steps",
-    "FOCUS, top region", "FOCUS, random map",
+    "HiPerson, steps on a random crop", "FOCUS, top region", "FOCUS, keys without rope", "FOCUS, random map",
 )  # fmt: skip
 """Only asked about the first stratum, unless named."""
 BASE, RANDOM, TRUTH = "vanilla", "random crop", "ground-truth crop"

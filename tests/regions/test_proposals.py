@@ -371,3 +371,15 @@ def test_a_union_may_reach_boxes_that_its_parts_did_not():
 
 def test_nothing_merges_to_nothing():
     assert merge(np.zeros((0, 4))).shape == (0, 4)
+
+
+@given(st.integers(0, 99), st.sampled_from(OPTIONS))
+def test_regions_of_a_padded_map_are_those_of_the_map(seed, options):
+    """What lies behind the border neither is a region's nor takes part in its mean."""
+    heat = np.random.default_rng(seed).random((5, 8), np.float32)
+    plain = propose(heat, **options)
+    behind = ((0, 3), (0, 4))
+    seen = np.pad(np.ones(heat.shape, bool), behind)
+    padded = propose(np.pad(heat, behind), seen, np.array(heat.shape), **options)
+    for ours, expected in zip(padded, plain, strict=True):
+        np.testing.assert_array_equal(ours, expected)

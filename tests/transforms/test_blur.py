@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 from scipy import ndimage
 
 from jaxvqa.errors import JaxVQAError
-from jaxvqa.transforms.blur import average_pool, gaussian_blur
+from jaxvqa.transforms.blur import average_pool, blur_weights, gaussian_blur, pool_weights
 
 SHAPES = [(6, 9), (1, 4), (1, 1)]
 cells = st.floats(-8, 8, width=32)
@@ -117,3 +117,11 @@ def test_wrong_sizes_are_refused():
         gaussian_blur(heatmap, -1)
     with pytest.raises(JaxVQAError, match="factor=0; expected 1 or more"):
         average_pool(heatmap, 0)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (1, 5)])
+def test_the_weights_along_each_axis_are_the_filters_own(shape):
+    """What FOCUS multiplies, so that filter and pooling are one program for all shapes."""
+    heatmap = np.random.default_rng(0).random(shape, np.float32)
+    rows, columns = (pool_weights(size, 2) @ blur_weights(size, 1.0) for size in shape)
+    np.testing.assert_allclose(rows @ heatmap @ columns.T, average_pool(gaussian_blur(heatmap, 1.0), 2), atol=1e-6)

@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from jaxvqa.errors import JaxVQAError
 from jaxvqa.geometry import Geometry, for_crop, for_pad, for_squash
-from jaxvqa.transforms.resample import overlap
+from jaxvqa.transforms.resample import lay, overlap
 from jaxvqa.transforms.resample import resample as not_compiled
 
 resample = jax.jit(not_compiled)
@@ -165,3 +165,10 @@ def test_geometries_of_different_images_are_refused():
     source = for_pad(640, 480, 336, (24, 24))
     with pytest.raises(JaxVQAError, match=r"the map of a \(640, 480\) image to a grid on a \(480, 640\) image"):
         overlap(source, replace(source, image_size=(480, 640)))
+
+
+@given(arrays(np.float32, (7, 9), elements=cells), st.sampled_from([(3, 5), (12, 7)]))
+def test_laying_a_map_from_the_host_is_resampling_it(heatmap, grid):
+    """However it is padded inside."""
+    onto = overlap(for_pad(40, 10, 336, (7, 9)), for_squash(40, 10, 336, grid))
+    np.testing.assert_allclose(lay(heatmap, onto), resample(heatmap, onto), atol=1e-6)
