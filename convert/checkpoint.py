@@ -16,9 +16,9 @@ from jaxvqa.convert import adapters, internvl, llava
 from jaxvqa.convert.errors import ConversionError
 from jaxvqa.convert.families import ARCHITECTURES, Config, tables_of
 from jaxvqa.convert.source import resolve
-from jaxvqa.convert.tables import Naming, read_params, split_fused
+from jaxvqa.convert.tables import Fused, Naming, read_params, split_fused
 from jaxvqa.convert.tables import plan as plan_leaves
-from jaxvqa.convert.tensors import Tensor, folder_tensors
+from jaxvqa.convert.tensors import FLOATS, Tensor, folder_tensors
 from jaxvqa.models import FAMILIES, config_from_hf
 from jaxvqa.models.llava import LlavaConfig
 
@@ -92,24 +92,59 @@ def open_checkpoint(
     if internvl.is_original(hf):
         assembled = internvl.assemble(hf, folder)
         raw, faults = folder_tensors(folder, from_pickle, command)
-        tensors, processor = internvl.original_tensors(raw), partial(_internvl_processor, folder, hf)
-        return Checkpoint(folder, assembled, config_from_hf(assembled), tensors, faults, processor)
+        processor = partial(_internvl_processor, folder, hf)
+        return _opened(folder, assembled, internvl.original_tensors(raw), faults, processor)
     if not llava.is_original(hf):
         if vision_tower is not None:
             raise ConversionError(f"{folder}: `vision_tower` is given, but this checkpoint holds its own")
-        config: Config = config_from_hf(hf)
+        tables = tables_of(config_from_hf(hf))
         raw, faults = folder_tensors(folder, from_pickle, command)
-        return Checkpoint(folder, hf, config, _named(raw, tables_of(config).HF, config), faults, lambda: folder)
+        return _opened(folder, hf, _named(raw, tables.HF, tables.FUSED), faults, lambda: folder)
 
     tower = resolve(vision_tower or hf["mm_vision_tower"], None, offline, from_pickle, command)
     hf = llava.assemble(hf, tower)
     config = LlavaConfig.from_hf(hf)
     raw, faults = folder_tensors(folder, from_pickle, command)
-    tensors = _named(raw, llava.ORIGINAL, config)
+    tensors = _named(raw, llava.ORIGINAL)
     if not any(name.startswith("vision_tower.") for name, _ in tensors):
         raw, more = folder_tensors(tower, from_pickle, command)
-        tensors, faults = tensors + _named(raw, llava.CLIP, config), faults + more
-    return Checkpoint(folder, hf, config, tensors, faults, lambda: _original_processor(folder, tower, config))
+        tensors, faults = tensors + _named(raw, llava.CLIP), faults + more
+    return _opened(folder, hf, tensors, faults, lambda: _original_processor(folder, tower, config))
+
+
+def _opened(
+    folder: Path,
+    hf: dict[str, Any],
+    tensors: list[tuple[str, Tensor]],
+    faults: list[str],
+    processor: Callable[[], Path],
+) -> Checkpoint:
+    """A checkpoint, with what it stores beside a config that ties the output head to the embedding.
+
+    A stored head that equals the embedding is dropped. One that does not is used and the config taken to be wrong, as
+    transformers 5 does: what is stored has been trained.
+    """
+    config = config_from_hf(hf)
+    names = {path: name for name, (path, _) in tables_of(config).TABLE.items()}
+    stored = dict(tensors)
+    head, embed = (stored.get(names.get(f"decoder.{leaf}", "")) for leaf in ("lm_head", "embed"))
+    if head is not None and embed is not None and config.decoder.tied:
+        if _equal(head, embed):
+            tensors = [(name, tensor) for name, tensor in tensors if name != names["decoder.lm_head"]]
+        else:
+            no = {"tie_word_embeddings": False}
+            hf = hf | no | ({"text_config": hf["text_config"] | no} if "text_config" in hf else {})
+            config = config_from_hf(hf)
+    return Checkpoint(folder, hf, config, tensors, faults, processor)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two matrices hold the same values; read by parts of 2²⁴ of them."""
+    if a.shape != b.shape or len(a.shape) != 2 or not {a.dtype, b.dtype} <= FLOATS.keys():
+        return False
+    (rows, columns), step = a.shape, max(1, 2**24 // max(1, a.shape[1]))
+    parts = ((slice(i, min(i + step, rows)), slice(0, columns)) for i in range(0, rows, step))
+    return all(np.array_equal(a.read(part), b.read(part)) for part in parts)
 
 
 def _pickle_command(source, revision, vision_tower, base) -> str:
@@ -118,11 +153,9 @@ def _pickle_command(source, revision, vision_tower, base) -> str:
     return shlex.join(["jaxvqa", "convert", "--from-pickle", *given, os.fspath(source), "OUT"])
 
 
-def _named(raw: list[Tensor], naming: Naming, config: Config) -> list[tuple[str, Tensor]]:
-    tables = tables_of(config)
-    naming = Naming(naming.prefixes, {**naming.unread, **tables.unread(config)})
+def _named(raw: list[Tensor], naming: Naming, fused: Fused | None = None) -> list[tuple[str, Tensor]]:
     named = [(name, tensor) for tensor in raw if (name := naming.canonical(tensor.name)) is not None]
-    return split_fused(named, tables.FUSED)
+    return split_fused(named, fused or {})
 
 
 def _check_supported(folder: Path, hf: dict[str, Any]) -> None:

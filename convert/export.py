@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -10,6 +11,7 @@ from jaxvqa.convert.errors import ConversionError
 from jaxvqa.convert.families import Config, Params, tables_of
 from jaxvqa.convert.files import copy_processor, publish, write_json
 from jaxvqa.convert.tables import flatten, join_fused, leaves
+from jaxvqa.models.blip_itm import BlipItmConfig
 
 SHARD_BYTES = 5_000_000_000  # as transformers' max_shard_size
 
@@ -34,7 +36,7 @@ def export_hf(
         if path not in arrays or arrays[path].shape != spec.shape
     ]:
         raise ConversionError("the parameters do not fit the config", wrong)
-    hf, arrays = tables.exported(config, {path: np.asarray(array) for path, array in arrays.items()})
+    hf, arrays = _stored(config, {path: np.asarray(array) for path, array in arrays.items()})
     tensors = {}
     for pattern, (path, transform) in tables.TABLE.items():
         if path not in arrays:
@@ -53,6 +55,32 @@ def export_hf(
         copy_processor(Path(processor_folder), folder)
         write_json(folder / "config.json", hf)
     return Path(out)
+
+
+def _stored(config: Config, arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The HF config.json, and the parameters by path as they are stored.
+
+    Where the image token has no row in the embedding (checkpoints of the original LLaVA), rows are appended, as
+    transformers looks them up: the mean row, whose logit is the mean of all logits and so never the largest.
+    """
+    hf = tables_of(config).to_hf(config)
+    if (back := type(config).from_hf(hf)) != config:
+        raise ConversionError(f"this config has no HF form: it reads back as {back}, expected {config}")
+    if isinstance(config, BlipItmConfig):
+        return hf | {"dtype": str(arrays["text.embed"].dtype)}, arrays
+    rows = max(config.decoder.vocab_size, config.image_token_id + 1)
+    hf["text_config"]["vocab_size"] = rows
+    axes = {"decoder.embed": 0, "decoder.lm_head": 1}
+    longer = {path: _with_rows(arrays[path], rows, axis) for path, axis in axes.items() if path in arrays}
+    return hf | {"dtype": str(arrays["decoder.embed"].dtype)}, arrays | longer
+
+
+def _with_rows(array: np.ndarray, rows: int, axis: int) -> np.ndarray:
+    missing = rows - array.shape[axis]
+    if missing <= 0:
+        return array
+    mean = array.astype(np.float32).mean(axis=axis, keepdims=True).astype(array.dtype)
+    return np.concatenate([array, np.repeat(mean, missing, axis=axis)], axis=axis)
 
 
 def _write_weights(folder: Path, tensors: dict[str, np.ndarray], shard_bytes: int) -> None:

@@ -1,6 +1,6 @@
 """Which module knows a family's checkpoints.
 
-Each has names (`TABLE`, `HF`, `EXPORT`, `FUSED`, `unread`), the parameters' `specs`, and `exported` for the way back.
+Each has names (`TABLE`, `HF`, `EXPORT`, `FUSED`), the parameters' `specs`, and `to_hf` for the way back.
 """
 
 from types import ModuleType

@@ -6,6 +6,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ PROCESSOR_FILES = (
     "chat_template.jinja",
     "processor_config.json",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "generation_config.json",
 )
 
@@ -53,11 +55,16 @@ def publish(out: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Pa
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+# InstructBLIP has a second tokenizer, for what its Q-Former reads.
+PROCESSOR_FOLDERS = ("", "qformer_tokenizer")
+
+
 def copy_processor(source: Path, out: Path) -> None:
-    """Copy the processor's and tokenizer's files (following the hub cache's links)."""
-    for name in PROCESSOR_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, out / name)
+    """Copy the processor's and tokenizers' files (following the hub cache's links)."""
+    for folder, name in product(PROCESSOR_FOLDERS, PROCESSOR_FILES):
+        if (source / folder / name).exists():
+            (out / folder).mkdir(exist_ok=True)
+            shutil.copyfile(source / folder / name, out / folder / name)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,11 +6,8 @@ alike. Queries, keys and values of the vision tower are one tensor there, `qkv`.
 
 from typing import Any
 
-import numpy as np
-
 from jaxvqa.convert import blip_itm, llava
-from jaxvqa.convert.errors import ConversionError
-from jaxvqa.convert.tables import Fused, Naming, Table, as_is, heads_bias, heads_in, heads_out, transpose
+from jaxvqa.convert.tables import Fused, Naming, Table, as_is, decoder_table, heads_bias, heads_in, heads_out, transpose
 from jaxvqa.models.instructblip import InstructBlipConfig, specs
 from jaxvqa.models.qformer import MAX_LAYERS
 from jaxvqa.vision import eva
@@ -70,7 +67,7 @@ TABLE: Table = {
     },
     "language_projection.weight": ("projector.weight", transpose),
     "language_projection.bias": ("projector.bias", as_is),
-    **{name: entry for name, entry in llava.TABLE.items() if entry[0].startswith("decoder.")},
+    **decoder_table("language_model.model.", "language_model.lm_head.weight"),
 }
 
 FUSED: Fused = blip_itm.FUSED
@@ -80,48 +77,17 @@ HF = Naming(prefixes=(), unread=llava.BUFFERS)
 EXPORT: dict[str, str] = {}
 
 
-def unread(config: InstructBlipConfig) -> dict[str, str]:
-    """Further tensors that a checkpoint of `config` may hold and that are not read, with the reason."""
-    return {"language_model.lm_head.weight": "the config ties it to the embedding"} if config.decoder.tied else {}
-
-
-def exported(config: InstructBlipConfig, arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The HF config.json of parameters by path, and the parameters as they are stored."""
-    return to_hf(config) | {"dtype": str(arrays["decoder.embed"].dtype)}, arrays
-
-
 def to_hf(config: InstructBlipConfig) -> dict[str, Any]:
     """The HF config.json whose `InstructBlipConfig.from_hf` is `config`."""
-    d = config.decoder
-    rope = {"rope_type": "default", "rope_theta": d.rope_theta}
-    if d.rope_factor != 1.0:
-        rope |= {"rope_type": "linear", "factor": d.rope_factor}
-    hf = {
+    return {
         "architectures": list(ARCHITECTURES),
         "model_type": "instructblip",
         "image_token_index": config.image_token_id,
         "num_query_tokens": config.image_tokens,
-        "text_config": {
-            "model_type": "llama",
-            "vocab_size": d.vocab_size,
-            "hidden_size": d.width,
-            "intermediate_size": d.mlp_width,
-            "num_hidden_layers": d.num_layers,
-            "num_attention_heads": d.num_heads,
-            "num_key_value_heads": d.num_kv_heads,
-            "head_dim": d.head_dim,
-            "max_position_embeddings": d.max_length,
-            "rms_norm_eps": d.norm_eps,
-            "rope_parameters": rope,
-            "hidden_act": "silu",
-            "tie_word_embeddings": d.tied,
-        },
+        "text_config": config.decoder.to_hf(),
         "qformer_config": config.qformer.to_hf(),
         "vision_config": eva.config_to_hf(config.vision),
     }
-    if (back := InstructBlipConfig.from_hf(hf)) != config:
-        raise ConversionError(f"this config has no HF form: it reads back as {back}, expected {config}")
-    return hf
 
 
 __all__ = [
@@ -131,8 +97,6 @@ __all__ = [
     "HF",
     "TABLE",
     "InstructBlipConfig",
-    "exported",
     "specs",
     "to_hf",
-    "unread",
 ]

@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jaxvqa.convert import llava
 from jaxvqa.convert.errors import ConversionError
 from jaxvqa.convert.files import copy_processor, write_json
@@ -20,6 +18,7 @@ from jaxvqa.convert.tables import (
     Table,
     as_is,
     conv,
+    decoder_table,
     heads_bias,
     heads_in,
     heads_out,
@@ -70,7 +69,8 @@ TABLE: Table = {
     _P + "linear_1.bias": ("projector.fc1_bias", as_is),
     _P + "linear_2.weight": ("projector.fc2", transpose),
     _P + "linear_2.bias": ("projector.fc2_bias", as_is),
-} | {name: target for name, target in llava.TABLE.items() if name.startswith(_T)}
+    **decoder_table(_T + "model.", _T + "lm_head.weight"),
+}
 
 HF = Naming(
     prefixes=(
@@ -112,14 +112,6 @@ _ORIGINAL_FUSED: Fused = {".attention.qkv.": (".attention.q_proj.", ".attention.
 FUSED: Fused = {}
 
 EXPORT: dict[str, str] = {}
-
-
-def unread(config: InternVLConfig) -> dict[str, str]:
-    """Further tensors that a checkpoint of `config` may hold and that are not read: none.
-
-    An output head beside a config that ties it is a fault: transformers would use it where it differs.
-    """
-    return {}
 
 
 def is_original(hf: dict[str, Any]) -> bool:
@@ -223,11 +215,7 @@ def write_processor(folder: Path, hf: dict[str, Any], out: Path) -> None:
 
 def to_hf(config: InternVLConfig) -> dict[str, Any]:
     """The HF config.json whose `InternVLConfig.from_hf` is `config`."""
-    d = config.decoder
-    rope = {"rope_type": "default", "rope_theta": d.rope_theta}
-    if d.rope_factor != 1.0:
-        rope |= {"rope_type": "linear", "factor": d.rope_factor}
-    hf = {
+    return {
         "architectures": list(ARCHITECTURES[:1]),
         "model_type": "internvl",
         "image_token_id": config.image_token_id,
@@ -236,32 +224,10 @@ def to_hf(config: InternVLConfig) -> dict[str, Any]:
         "projector_hidden_act": config.projector_activation,
         "vision_feature_layer": config.feature_layer,
         "vision_feature_select_strategy": "default",
-        "tie_word_embeddings": d.tied,
-        "text_config": {
-            "model_type": "qwen3" if d.qk_norm else "qwen2" if d.qkv_bias else "llama",
-            "vocab_size": d.vocab_size,
-            "hidden_size": d.width,
-            "intermediate_size": d.mlp_width,
-            "num_hidden_layers": d.num_layers,
-            "num_attention_heads": d.num_heads,
-            "num_key_value_heads": d.num_kv_heads,
-            "head_dim": d.head_dim,
-            "max_position_embeddings": d.max_length,
-            "rms_norm_eps": d.norm_eps,
-            "rope_parameters": rope,
-            "hidden_act": "silu",
-            "tie_word_embeddings": d.tied,
-        },
+        "tie_word_embeddings": config.decoder.tied,
+        "text_config": config.decoder.to_hf(),
         "vision_config": config.vision.to_hf(),
     }
-    if (back := InternVLConfig.from_hf(hf)) != config:
-        raise ConversionError(f"this config has no HF form: it reads back as {back}, expected {config}")
-    return hf
-
-
-def exported(config: InternVLConfig, arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The HF config.json of parameters by path, and the parameters as they are stored."""
-    return to_hf(config) | {"dtype": str(arrays["decoder.embed"].dtype)}, arrays
 
 
 __all__ = [
@@ -273,11 +239,9 @@ __all__ = [
     "TABLE",
     "InternVLConfig",
     "assemble",
-    "exported",
     "is_original",
     "original_tensors",
     "specs",
     "to_hf",
-    "unread",
     "write_processor",
 ]

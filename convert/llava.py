@@ -7,10 +7,19 @@ be held beside their `model.safetensors.index.json`; the other layouts are told 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jaxvqa.convert.errors import ConversionError
-from jaxvqa.convert.tables import Fused, Naming, Table, as_is, conv, heads_bias, heads_in, heads_out, transpose
+from jaxvqa.convert.tables import (
+    Fused,
+    Naming,
+    Table,
+    as_is,
+    conv,
+    decoder_table,
+    heads_bias,
+    heads_in,
+    heads_out,
+    transpose,
+)
 from jaxvqa.convert.tensors import read_json
 from jaxvqa.models.llava import LlavaConfig, specs
 
@@ -48,23 +57,7 @@ TABLE: Table = {
     "multi_modal_projector.linear_1.bias": ("projector.fc1_bias", as_is),
     "multi_modal_projector.linear_2.weight": ("projector.fc2", transpose),
     "multi_modal_projector.linear_2.bias": ("projector.fc2_bias", as_is),
-    _T + "embed_tokens.weight": ("decoder.embed", as_is),
-    _T + "layers.{i}.input_layernorm.weight": ("decoder.layers.attn_norm", as_is),
-    _T + "layers.{i}.self_attn.q_proj.weight": ("decoder.layers.q_proj", heads_out),
-    _T + "layers.{i}.self_attn.q_proj.bias": ("decoder.layers.q_bias", heads_bias),
-    _T + "layers.{i}.self_attn.q_norm.weight": ("decoder.layers.q_norm", as_is),
-    _T + "layers.{i}.self_attn.k_proj.weight": ("decoder.layers.k_proj", heads_out),
-    _T + "layers.{i}.self_attn.k_proj.bias": ("decoder.layers.k_bias", heads_bias),
-    _T + "layers.{i}.self_attn.k_norm.weight": ("decoder.layers.k_norm", as_is),
-    _T + "layers.{i}.self_attn.v_proj.weight": ("decoder.layers.v_proj", heads_out),
-    _T + "layers.{i}.self_attn.v_proj.bias": ("decoder.layers.v_bias", heads_bias),
-    _T + "layers.{i}.self_attn.o_proj.weight": ("decoder.layers.o_proj", heads_in),
-    _T + "layers.{i}.post_attention_layernorm.weight": ("decoder.layers.mlp_norm", as_is),
-    _T + "layers.{i}.mlp.gate_proj.weight": ("decoder.layers.gate_proj", transpose),
-    _T + "layers.{i}.mlp.up_proj.weight": ("decoder.layers.up_proj", transpose),
-    _T + "layers.{i}.mlp.down_proj.weight": ("decoder.layers.down_proj", transpose),
-    _T + "norm.weight": ("decoder.norm", as_is),
-    "language_model.lm_head.weight": ("decoder.lm_head", transpose),
+    **decoder_table(_T, "language_model.lm_head.weight"),
 }
 
 BUFFERS = {
@@ -120,11 +113,6 @@ EXPORT = {_V: "vision_tower."}
 """Prefixes of the table that transformers 5 spells differently where it saves by default."""
 
 
-def unread(config: LlavaConfig) -> dict[str, str]:
-    """Further tensors that a checkpoint of `config` may hold and that are not read, with the reason."""
-    return {"language_model.lm_head.weight": "the config ties it to the embedding"} if config.decoder.tied else {}
-
-
 def is_original(hf: dict[str, Any]) -> bool:
     """Whether a config.json is of the original (liuhaotian) layout: a Llama config with `mm_` keys."""
     return "mm_vision_tower" in hf and "vision_config" not in hf
@@ -176,12 +164,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def to_hf(config: LlavaConfig) -> dict[str, Any]:
     """The HF config.json whose `LlavaConfig.from_hf` is `config`."""
-    d, layers = config.decoder, config.feature_layers
-    kind = "qwen3" if d.qk_norm else "qwen2" if d.qkv_bias else "llama"
-    rope = {"rope_type": "default", "rope_theta": d.rope_theta}
-    if d.rope_factor != 1.0:
-        rope |= {"rope_type": "linear", "factor": d.rope_factor}
-    hf = {
+    layers = config.feature_layers
+    return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "image_token_index": config.image_token_id,
@@ -190,48 +174,10 @@ def to_hf(config: LlavaConfig) -> dict[str, Any]:
         "multimodal_projector_bias": config.projector_bias,
         "vision_feature_layer": layers[0] if len(layers) == 1 else list(layers),
         "vision_feature_select_strategy": config.select,
-        "tie_word_embeddings": d.tied,
-        "text_config": {
-            "model_type": kind,
-            "vocab_size": d.vocab_size,
-            "hidden_size": d.width,
-            "intermediate_size": d.mlp_width,
-            "num_hidden_layers": d.num_layers,
-            "num_attention_heads": d.num_heads,
-            "num_key_value_heads": d.num_kv_heads,
-            "head_dim": d.head_dim,
-            "max_position_embeddings": d.max_length,
-            "rms_norm_eps": d.norm_eps,
-            "rope_parameters": rope,
-            "hidden_act": "silu",
-            "tie_word_embeddings": d.tied,
-        },
+        "tie_word_embeddings": config.decoder.tied,
+        "text_config": config.decoder.to_hf(),
         "vision_config": config.vision.to_hf(),
     }
-    if (back := LlavaConfig.from_hf(hf)) != config:
-        raise ConversionError(f"this config has no HF form: it reads back as {back}, expected {config}")
-    return hf
-
-
-def exported(config: LlavaConfig, arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The HF config.json of parameters by path, and the parameters as they are stored.
-
-    Where the image token has no row in the embedding (checkpoints of the original LLaVA), rows are appended, as
-    transformers looks them up: the mean row, whose logit is the mean of all logits and so never the largest.
-    """
-    hf, rows = to_hf(config), config.image_token_id + 1
-    hf["text_config"]["vocab_size"] = max(config.decoder.vocab_size, rows)
-    axes = {"decoder.embed": 0, "decoder.lm_head": 1}
-    longer = {path: _with_rows(arrays[path], rows, axis) for path, axis in axes.items() if path in arrays}
-    return hf | {"dtype": str(arrays["decoder.embed"].dtype)}, arrays | longer
-
-
-def _with_rows(array: np.ndarray, rows: int, axis: int) -> np.ndarray:
-    missing = rows - array.shape[axis]
-    if missing <= 0:
-        return array
-    mean = array.astype(np.float32).mean(axis=axis, keepdims=True).astype(array.dtype)
-    return np.concatenate([array, np.repeat(mean, missing, axis=axis)], axis=axis)
 
 
 __all__ = [
@@ -244,10 +190,8 @@ __all__ = [
     "TABLE",
     "LlavaConfig",
     "assemble",
-    "exported",
     "is_original",
     "read_config",
     "specs",
     "to_hf",
-    "unread",
 ]

@@ -84,8 +84,36 @@ heads_out = Transform("heads_out", (2, 0, 1), split=0)  # [N*H, D] -> [D, N, H]
 heads_in = Transform("heads_in", (1, 2, 0), split=1)  # [D, N*H] -> [N, H, D]
 heads_bias = Transform("heads_bias", split=0)  # [N*H] -> [N, H]
 conv = Transform("conv", (1, 2, 3, 0))  # [D, 3, p, p] -> [3, p, p, D]
+conv3d = Transform("conv3d", (1, 2, 3, 4, 0))  # [D, 3, t, p, p] -> [3, t, p, p, D]
 
 Table = Mapping[str, tuple[str, Transform]]
+
+
+def decoder_table(model: str, head: str) -> Table:
+    """Of every decoder: `model` stands before the names of its tensors, `head` is the output head's.
+
+    Those that a config does not have (biases, norms of queries and keys, a tied head) are not looked for.
+    """
+    layer = model + "layers.{i}."
+    return {
+        model + "embed_tokens.weight": ("decoder.embed", as_is),
+        layer + "input_layernorm.weight": ("decoder.layers.attn_norm", as_is),
+        layer + "self_attn.q_proj.weight": ("decoder.layers.q_proj", heads_out),
+        layer + "self_attn.q_proj.bias": ("decoder.layers.q_bias", heads_bias),
+        layer + "self_attn.q_norm.weight": ("decoder.layers.q_norm", as_is),
+        layer + "self_attn.k_proj.weight": ("decoder.layers.k_proj", heads_out),
+        layer + "self_attn.k_proj.bias": ("decoder.layers.k_bias", heads_bias),
+        layer + "self_attn.k_norm.weight": ("decoder.layers.k_norm", as_is),
+        layer + "self_attn.v_proj.weight": ("decoder.layers.v_proj", heads_out),
+        layer + "self_attn.v_proj.bias": ("decoder.layers.v_bias", heads_bias),
+        layer + "self_attn.o_proj.weight": ("decoder.layers.o_proj", heads_in),
+        layer + "post_attention_layernorm.weight": ("decoder.layers.mlp_norm", as_is),
+        layer + "mlp.gate_proj.weight": ("decoder.layers.gate_proj", transpose),
+        layer + "mlp.up_proj.weight": ("decoder.layers.up_proj", transpose),
+        layer + "mlp.down_proj.weight": ("decoder.layers.down_proj", transpose),
+        model + "norm.weight": ("decoder.norm", as_is),
+        head: ("decoder.lm_head", transpose),
+    }
 
 
 @dataclass(frozen=True)

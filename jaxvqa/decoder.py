@@ -69,14 +69,15 @@ class DecoderConfig:
         kinds, family = _TEXT_MODELS, hf.get("model_type", "llama")
         if family not in kinds:
             raise JaxVQAError(f"text model type {family!r} is not supported; supported are {', '.join(kinds)}")
-        hf = _TEXT_DEFAULTS | {k: v for k, v in hf.items() if v is not None}
+        own = _TEXT_DEFAULTS.get(family, {}) | hf
+        hf = _LLAMA_DEFAULTS | {k: v for k, v in own.items() if v is not None}
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         faults = []
         multimodal = family.endswith("_vl_text")
         if kind not in ("default", "linear", *["mrope"] * multimodal):
             faults.append(f"rope type {kind!r} (supported: default, linear)")
-        sections = rope.get("mrope_section") if multimodal else None
+        sections = rope.get("mrope_section", _SECTIONS.get(family)) if multimodal else None
         if multimodal and (sections is None or len(sections) != 3):
             faults.append(f"mrope_section {sections!r} (expected three numbers)")
         if hf.get("use_sliding_window"):
@@ -108,6 +109,34 @@ class DecoderConfig:
             mrope_interleaved=family == "qwen3_vl_text",
         )
 
+    def to_hf(self, kind: str | None = None) -> dict[str, Any]:
+        """The text part of an HF config; the inverse of `from_hf`.
+
+        kind: HF's type of the text model; None takes the one whose layers these are, without multimodal rope.
+        """
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_theta}
+        if self.rope_factor != 1.0:
+            rope |= {"rope_type": "linear", "factor": self.rope_factor}
+        if self.mrope:
+            rope |= {"mrope_section": list(self.mrope)}
+        if self.mrope_interleaved:
+            rope |= {"mrope_interleaved": True}
+        return {
+            "model_type": kind or ("qwen3" if self.qk_norm else "qwen2" if self.qkv_bias else "llama"),
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.width,
+            "intermediate_size": self.mlp_width,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.max_length,
+            "rms_norm_eps": self.norm_eps,
+            "rope_parameters": rope,
+            "hidden_act": "silu",
+            "tie_word_embeddings": self.tied,
+        }
+
 
 # HF's type of a text model -> whose layers it has.
 _TEXT_MODELS = {
@@ -120,8 +149,8 @@ _TEXT_MODELS = {
     "qwen3_vl_text": "qwen3",
 }
 
-# Values that HF leaves out of a config.json when they equal its LlamaConfig defaults (llava-hf/llava-1.5-7b-hf does).
-_TEXT_DEFAULTS = {
+# Values that HF leaves out of a config.json when they equal its own (llava-hf/llava-1.5-7b-hf does).
+_LLAMA_DEFAULTS = {
     "vocab_size": 32000,
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -132,6 +161,38 @@ _TEXT_DEFAULTS = {
     "rope_theta": 10000.0,
     "hidden_act": "silu",
 }
+_QWEN2_DEFAULTS = {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+}
+_QWEN2_VL_DEFAULTS = {
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+}
+# Those of each type of text model where they are not Llama's.
+_TEXT_DEFAULTS = {
+    "mistral": {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "qwen2": _QWEN2_DEFAULTS,
+    "qwen3": _QWEN2_DEFAULTS | {"head_dim": 128},
+    "qwen2_vl_text": _QWEN2_VL_DEFAULTS,
+    "qwen2_5_vl_text": _QWEN2_VL_DEFAULTS,
+    "qwen3_vl_text": _QWEN2_DEFAULTS | {"head_dim": 128, "max_position_embeddings": 128000, "rope_theta": 500000.0},
+}
+_SECTIONS = {"qwen3_vl_text": (24, 20, 20)}
 
 
 @register_dataclass

@@ -11,7 +11,8 @@ neither behind the last image nor behind the first wanted row, gives keys and va
 beginning shares; the rest is appended to them. A prefix has no padding, so a token's slot in the cache is its position
 in the prompt. How a prompt is cut depends on its request alone, so a result has the same bits with and without company.
 Where rows of the prefix may change with the request (taps, plugins), or more of them is wanted than a cache holds
-(hidden states, keys before rope, `Read.keep`), and without images, the whole prompt runs at once.
+(hidden states, keys before rope, `Read.keep`), where image tokens depend on the whole text (InstructBLIP), and without
+images, the whole prompt runs at once.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -33,13 +34,14 @@ from jaxvqa.errors import JaxVQAError, UserError
 from jaxvqa.geometry import Geometry
 from jaxvqa.matcher import Matcher
 from jaxvqa.models import family_of
+from jaxvqa.models.qformer import Asked
 from jaxvqa.prompts import Tokens
-from jaxvqa.requests import Call, Continue, Generate, Read, Reading, Reply, Request, Row, Score, YesNo
+from jaxvqa.requests import Call, Continue, Generate, Gradient, Read, Reading, Reply, Request, Row, Score, YesNo
 from jaxvqa.sharding import CACHE_LBSKH, constrain
 from jaxvqa.taps import Readouts, ReadSpec, Taps
 from jaxvqa.typing import Array, Bool, Float, Int
 from jaxvqa.vision.inputs import ImageInput
-from jaxvqa.vlm import VLM, slots_of
+from jaxvqa.vlm import VLM, queried, slots_of, texts
 
 if TYPE_CHECKING:
     from jaxvqa.engine import Engine
@@ -166,6 +168,12 @@ class Batch:
     shapes: Int[Array, "B I 2"]
     rows: Int[Array, "B R"]
     wanted: Bool[Array, "B R"]
+    asked: Asked | None
+    """The texts, of models whose image tokens depend on them."""
+    queries: Int[Array, "B I Q"] | None
+    """Positions in the prompt of those tokens."""
+    grid: tuple[int, int] = field(metadata={"static": True})
+    """Token rows and columns of an image (`Row.grid`)."""
 
 
 def split(tree):
@@ -204,12 +212,15 @@ def laid_out(config, batch: Batch, capacity: int | None = None) -> tuple[Row, Ca
     batch = replace(batch, features=(), prefix=())
     batch, images = split((batch, images))
     start = prefix[0].k.shape[1] if prefix else 0
-    keys, cells = start + batch.ids.shape[1], batch.cells.shape[2]
-    grid = config.grid if cells == config.grid[0] * config.grid[1] else (1, cells)
+    keys = start + batch.ids.shape[1]
     lengths = start + batch.lengths
-    row = Row(batch.cells, lengths, batch.rows, batch.wanted, None, None, grid, keys, shapes=batch.shapes)
+    row = Row(
+        batch.cells, lengths, batch.rows, batch.wanted, None, None, batch.grid, keys,
+        shapes=batch.shapes, queries=batch.queries,
+    )  # fmt: skip
 
     def run(params, features=images, *, taps: Taps, spec: ReadSpec, **kwargs) -> Output:
+        kwargs = queried(batch.asked, taps, spec) | kwargs
         program = partial(family_of(config).prefill, capacity=capacity)
         if prefix:
             cache = _restack(prefix, jnp.full_like(batch.lengths, start), keys if capacity is None else capacity)
@@ -248,7 +259,7 @@ def _batch_second(taps: Taps) -> Taps:
         mix = None if mix is None else replace(mix, alpha=swap(mix.alpha), maps=swap(mix.maps))
         return replace(edit, tap=replace(tap, key_bias=swap(tap.key_bias), perturb=swap(tap.perturb), mix=mix))
 
-    return Taps(tuple(one(edit) for edit in taps.edits))
+    return replace(taps, edits=tuple(one(edit) for edit in taps.edits))
 
 
 def _while_decoding(edits) -> Taps:
@@ -438,9 +449,11 @@ class Key(NamedTuple):
     """Tokens of the prefix, which the others follow; 0 without one."""
     images: tuple[int, ...]
     """Rows of the features of each image."""
-    cells: int
-    """Of an image, padding included."""
+    grid: tuple[int, int]
+    """Token rows and columns of an image (`Row.grid`)."""
     rows: int
+    asked: int
+    """Tokens of the text for the Q-Former, padding included; 0 without one."""
     static: Any
     args: tuple
 
@@ -460,6 +473,8 @@ class Prompted:
     wanted: np.ndarray
     args: tuple[Any, ...]
     seed: tuple[int, int]
+    asked: np.ndarray | None = None
+    """The text in the Q-Former's ids, where image tokens depend on it."""
     extra: Any = None
     """What the handler itself wants to remember."""
 
@@ -508,11 +523,12 @@ class PromptHandler:
         length = _bucket_of(engine, vlm, len(tokens.ids), room)
         positions = vlm.positions(tokens, [image.geometry for image in inputs])
         whole = Begun(tokens.ids, slots_of(tokens, inputs), positions, tuple(image.capacity for image in inputs))
-        cells = max((image.geometry.capacity or len(image.cells) for image in inputs), default=0)
+        grid = _grid(vlm.config.grid, inputs)
         rows = wanted_rows(which, tokens)
         if not len(rows):
             raise UserError(f"rows={which!r} names no token of text in the prompt {tokens.text!r}; name a phrase of it")
-        start = _cut(engine, vlm, tokens, rows) if shares else 0
+        asked = vlm.ask(tokens)
+        start = _cut(engine, vlm, tokens, rows) if shares and asked is None else 0
         wanted = np.arange(bucket(len(rows), SHORT, "the wanted rows")) < len(rows)
         rows = np.pad(rows, (0, len(wanted) - len(rows)), mode="edge").astype(np.int32)
         args = arrays(args)
@@ -524,13 +540,19 @@ class PromptHandler:
             name, work = PREFIXES.work(model, vlm, whole.part(0, start, len(begun)), layers, begun)
             needs[name], prefix = work, (name,)
         flops = _prefill_flops(vlm, len(tokens.ids), layers)
+        padded_flops, heard = _prefill_flops(vlm, length - start, layers, start), 0
+        if asked is not None:
+            heard = min(bucket(len(asked), REST, "the prompt"), vlm.config.qformer.max_length)
+            query_flops = partial(family_of(vlm.config).query_flops, vlm.config)
+            flops += len(images) * query_flops(len(asked))
+            padded_flops += len(images) * query_flops(heard)
         return Work(
-            key=Key(self, model, length, start, whole.capacities, cells, len(rows), static, shapes(args)),
-            data=Prompted(tokens, whole, inputs, names, prefix, rows, wanted, args, seed, extra),
+            key=Key(self, model, length, start, whole.capacities, grid, len(rows), heard, static, shapes(args)),
+            data=Prompted(tokens, whole, inputs, names, prefix, rows, wanted, args, seed, asked, extra),
             text=tokens.text,
             needs=needs,
             flops=flops,
-            padded_flops=_prefill_flops(vlm, length - start, layers, start),
+            padded_flops=padded_flops,
             cost=lambda result: (0, flops),
         )
 
@@ -549,10 +571,13 @@ class PromptHandler:
             else np.stack([right_pad(part.positions, width) for part in rest]),
             features=tuple(tuple(work.got[name] for name in work.data.features) for work in works),
             prefix=tuple(work.got[name] for work in works for name in work.data.prefix),
-            cells=np.stack([_cells(row, key.cells) for row in rows]),
+            cells=np.stack([_cells(row, key.grid[0] * key.grid[1]) for row in rows]),
+            grid=key.grid,
             shapes=np.array([[g.grid for g in row.geometries] for row in rows], np.int32).reshape(len(rows), -1, 2),
             rows=np.stack([row.rows for row in rows]),
             wanted=np.stack([row.wanted for row in rows]),
+            asked=texts([row.asked for row in rows], key.asked) if key.asked else None,
+            queries=np.stack([_queries(row) for row in rows]) if key.asked else None,
         )
 
     def prefill(self, engine, works, size, *, capacity=None, spec=ReadSpec(), build=None, reduce=None, plugins=()):
@@ -567,11 +592,22 @@ class PromptHandler:
         return vlm, result
 
 
+def _grid(nominal: tuple[int, int], images: Sequence[ImageInput]) -> tuple[int, int]:
+    """Token rows and columns of a prompt's images as its program sees them; (1, C) where they vary."""
+    cells = max((image.geometry.capacity or len(image.cells) for image in images), default=0)
+    return (1, cells) if any(image.geometry.capacity is not None for image in images) else nominal
+
+
 def _cells(row: Prompted, count: int) -> Int[np.ndarray, "I C"]:
     """Positions in the prompt of the cells of each image, -1 behind them."""
     spans = zip(row.tokens.image_spans, row.images, strict=True)
     found = [right_pad(at + image.cells, count, -1) for (at, _), image in spans]
     return np.stack(found) if found else np.zeros((0, count), np.int32)
+
+
+def _queries(row: Prompted) -> Int[np.ndarray, "I Q"]:
+    """Positions in the prompt of the tokens of each image."""
+    return np.stack([at + np.arange(count, dtype=np.int32) for at, count in row.tokens.image_spans])
 
 
 @dataclass(frozen=True)
@@ -651,6 +687,13 @@ class State:
         return self.kept.nbytes
 
 
+class Anew(NamedTuple):
+    """In place of a `State` where image tokens depend on the whole text: all of a further turn's prompt has to run."""
+
+    model: str
+    images: tuple[Any, ...]
+
+
 def _reply(model: str, vlm: VLM, row: _Said, ids: list[int], kept: Kept | None, value: Any = None) -> Reply:
     """A row's generated tokens as a reply, cut at the end of text and before the first stop string."""
     count, cached = len(ids), len(row.ids) + len(ids) - 1
@@ -684,7 +727,8 @@ class GenerateHandler(PromptHandler):
             raise UserError("keep=True does not go with taps or a plugin: a further turn would run without them")
         static = (sampling, request.taps, _Same(request.plugin))
         shares = request.taps is None and request.plugin is None
-        work = self.work(engine, request, seed, static, args=request.args, room=room, shares=shares, extra=request.stop)
+        extra = request.stop, request.images
+        work = self.work(engine, request, seed, static, args=request.args, room=room, shares=shares, extra=extra)
         return _answering(work, engine.model(request.model)[1], work.data.length)
 
     def launch(self, engine, works, size):
@@ -693,8 +737,15 @@ class GenerateHandler(PromptHandler):
         plugins = () if plugin.value is None else (plugin.value,)
         capacity = key.length + sampling.max_new_tokens
         _, (out, edits, value, _) = self.prefill(engine, works, size, capacity=capacity, build=build, plugins=plugins)
-        rows = [_Said(d.tokens.ids, d.image_tokens, d.seed, d.extra) for d in (work.data for work in works)]
-        return _generate(engine, key.model, size, out, edits, sampling, rows, value)
+        rows = [_Said(d.tokens.ids, d.image_tokens, d.seed, d.extra[0]) for d in (work.data for work in works)]
+        if not (sampling.keep and key.asked):
+            return _generate(engine, key.model, size, out, edits, sampling, rows, value)
+        collect = _generate(engine, key.model, size, out, edits, replace(sampling, keep=False), rows, value)
+        states = [Anew(key.model, work.data.extra[1]) for work in works]
+        return lambda: [
+            replace(reply, state=state) if isinstance(reply, Reply) else reply
+            for reply, state in zip(collect(), states, strict=True)
+        ]
 
 
 def _answering(work: Work, vlm: VLM, length: int) -> Work:
@@ -729,6 +780,8 @@ class ReadHandler(PromptHandler):
             raise UserError(f"cannot read layers {outside}: the model has layers 0 to {num_layers - 1}")
         if spec.layers and spec.stop is None:
             spec = replace(spec, stop=spec.layers[-1] + 1)
+        rows = "rows" in spec.read
+        spec = replace(spec, cross=cross_layers(engine.model(request.model)[1], request, spec.cross, rows))
         if request.keep and spec.stop in (None, num_layers):
             raise UserError(f"nothing is left to continue: the reading runs all {num_layers} layers; lower spec.stop")
         layers = None if spec.stop == num_layers else spec.stop
@@ -762,6 +815,20 @@ class ReadHandler(PromptHandler):
             ]
 
         return collect
+
+
+def cross_layers(
+    vlm: VLM, request: Read | Gradient, asked: tuple[int, ...] | None, rows: bool
+) -> tuple[int, ...] | None:
+    """Which cross-attentions are read: those asked for or, beside attention rows, the model's own choice."""
+    if not hasattr(vlm.config, "qformer") or not request.images:
+        if asked:
+            raise UserError(f"cross={asked}: {vlm.name} sees no image of this request through queries; leave it out")
+        return None
+    count = len(vlm.config.qformer.cross_layers)
+    if outside := [layer for layer in asked or () if not 0 <= layer < count]:
+        raise UserError(f"cannot read cross-attentions {outside}: the Q-Former has {count}, 0 to {count - 1}")
+    return (vlm.config.looking,) if asked is None and rows else asked
 
 
 def wanted_rows(which: str | tuple[int, ...], tokens: Tokens) -> np.ndarray:
@@ -847,10 +914,23 @@ class ContinueHandler:
             raise UserError("cannot continue: the earlier request did not say keep=True")
         if request.model not in (None, state.model):
             raise UserError(f"cannot continue on model {request.model!r}: the earlier request ran on {state.model!r}")
+        if isinstance(state, Anew):
+            if request.prompt is None:
+                raise UserError("a reply is continued by a prompt: the whole conversation")
+            whole = Generate(
+                state.images, request.prompt, request.max_new_tokens, request.temperature, request.stop, request.keep,
+                model=state.model, passes=request.passes,
+            )  # fmt: skip
+            return HANDLERS[Generate].prepare(engine, whole, seed)
         if (state.layer is None) != (request.prompt is not None):
             raise UserError("a reply is continued by a prompt (the whole conversation), a reading by none (its own)")
         (_, vlm), slots = engine.model(state.model), state.kept.k.shape[1]
         if request.prompt is None:
+            if 0 < (last := len(getattr(vlm.config.vision, "deepstack", ()))) >= state.layer:
+                raise UserError(
+                    f"cannot go on from layer {state.layer}: image features enter {vlm.name} before layers 1 to "
+                    f"{last}, and are gone by then; read with stop={last + 1} or above"
+                )
             text, ids, common, width = "", state.ids, len(state.ids), 0
             _bucket_of(engine, vlm, len(ids), request.max_new_tokens)
             flops, padded_flops = (

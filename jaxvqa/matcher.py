@@ -112,8 +112,8 @@ class Matcher(nnx.Module):
         place = geometry.for_squash(width, height, self.config.vision.image_size, self.config.grid)
         return np.ascontiguousarray(pixels.transpose(1, 2, 0), np.float32), place
 
-    def process(self, image: Any, bucket: None = None, setup: None = None) -> ImageInput:
-        """The same, as the engine takes it."""
+    def process(self, image: Any, bucket: int | None = None, setup: str | None = None) -> ImageInput:
+        """The same, as the engine takes it; all images are made ready in one way, and of one size."""
         pixels, place = self.preprocess(image)
         cells = place.grid[0] * place.grid[1]
         return ImageInput(pixels, place, np.arange(1, cells + 1, dtype=np.int32), cells + 1, cells + 1)

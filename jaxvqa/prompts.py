@@ -59,7 +59,14 @@ class Template:
     images_outside: bool = False
 
 
-def _chatml(name: str, system: str, image_open: str = "", image_close: str = "", image_break: str = "\n") -> Template:
+def _chatml(
+    name: str,
+    system: str,
+    image_open: str = "",
+    image_close: str = "",
+    image_break: str = "\n",
+    ending_break: str = " ",
+) -> Template:
     """The turns of the Qwen models, and of those that have one as their decoder."""
     return Template(
         name,
@@ -71,6 +78,7 @@ def _chatml(name: str, system: str, image_open: str = "", image_close: str = "",
         image_open=image_open,
         image_close=image_close,
         image_break=image_break,
+        ending_break=ending_break,
         joined=True,
     )
 
@@ -92,7 +100,7 @@ TEMPLATES = {
             ending_break=" ",
             joined=True,
         ),
-        _chatml("qwen_1_5", _HELPFUL),  # LLaVA-OneVision
+        _chatml("qwen_1_5", _HELPFUL, ending_break="\n"),  # LLaVA-OneVision
         _chatml("qwen2_5_vl", _HELPFUL, *_VISION),
         _chatml("qwen3_vl", "", *_VISION),
         _chatml("internvl", "", "<img>", "</img>"),

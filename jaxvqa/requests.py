@@ -22,6 +22,7 @@ from jaxvqa.errors import UserError
 from jaxvqa.geometry import Geometry
 from jaxvqa.prompts import Prompt
 from jaxvqa.taps import Plugin, Readouts, ReadSpec
+from jaxvqa.transforms.query_map import query_map
 from jaxvqa.typing import Array, Bool, Float, Int
 
 Box = tuple[float, float, float, float]
@@ -100,25 +101,62 @@ class Row:
     """What `Gradient` asked for: ∂y/∂A [C, N, R, S] beside `readouts.rows`, or ∂y/∂X [I, E, E, 3]; otherwise None."""
     shapes: Int[Array, "I 2"] | None = None
     """Rows and columns of each image's grid; None of a matching model."""
+    queries: Int[Array, "I Q"] | None = None
+    """Of a model that sees an image through queries (InstructBLIP): the position of each of their tokens. `cells` is
+    empty then, and `readouts.cross` [C, I, *N, Q, 1 + h·w] says where they look."""
+    cross_gradient: Float[Array, "C I N Q S"] | None = None
+    """What `Gradient` asked for: ∂y/∂A beside `readouts.cross`; otherwise None."""
 
     def on_image(self, x: Float[Array, "*A S"], image: int = 0) -> Float[Array, "*A h w"]:
         """The part of a key axis (the last) that lies on one image, on `grid`; 0 at padding.
 
-        `Geometry.on_grid` gives it the image's own shape. Raises UserError where the request has no such image.
+        Through queries, it is what falls on these, carried on by `readouts.cross`, the mean over heads and layers.
+        `Geometry.on_grid` gives it the image's own shape. Raises UserError where the request has no such image, and
+        where nothing was read that leads from queries to cells.
         """
-        if not 0 <= image < len(self.cells):
-            raise UserError(f"cannot look at image {image} of a request with {len(self.cells)} images")
+        if self.queries is not None:
+            rows = self.on_queries(x, image)
+            if self.readouts is None or (cross := self.readouts.cross) is None:
+                raise UserError(
+                    "this model sees an image through queries, and no token of it shows a cell: only attention rows "
+                    "can be laid on the image, read together with ReadSpec.cross"
+                )
+            seen = cross[:, image].mean(tuple(range(cross.ndim - 3)))
+            return query_map(rows, jnp.broadcast_to(seen, (*rows.shape[:-1], *seen.shape)))
+        self._check(image)
         at = self.cells[image]
         cells = jnp.take(x, jnp.maximum(at, 0), axis=-1)
         return jnp.where(at >= 0, cells, 0).reshape(*x.shape[:-1], *self.grid)
 
+    def on_queries(self, x: Float[Array, "*A S"], image: int = 0) -> Float[Array, "*A Q"]:
+        """The part of a key axis (the last) that lies on the queries of one image. UserError where there are none."""
+        self._check(image)
+        if self.queries is None:
+            raise UserError("this model sees an image by its cells, not through queries")
+        return jnp.take(x, self.queries[image], axis=-1)
+
+    def on_cross(self, cells: Float[Array | np.ndarray, "#N h w"], image: int = 0) -> Float[Array, "I #N S"]:
+        """An edit of one image's cells as `Taps.cross_bias`: zero at the class token and for the other images."""
+        self._check(image)
+        keys = jnp.pad(cells.reshape(len(cells), -1), ((0, 0), (1, 0)))
+        return jnp.where((jnp.arange(len(self.cells)) == image)[:, None, None], keys, 0)
+
     def on_keys(self, cells: Float[Array | np.ndarray, "*A h w"], image: int = 0) -> Float[Array, "*A S"]:
-        """The inverse of `on_image`: an edit of one image's cells as one of all keys, zero elsewhere."""
+        """The inverse of `on_image`: an edit of one image's cells as one of all keys, zero elsewhere.
+
+        Raises UserError for a model that sees it through queries; see `on_cross`.
+        """
+        if self.queries is not None:
+            raise UserError("this model sees an image through queries, and no key is a cell: edit Taps.cross_bias")
         flat, at = cells.reshape(*cells.shape[:-2], -1), self.cells[image]
         # A sum and a look-up: a mesh that splits the batch would not know how to split a scatter.
         here = at[:, None] == jnp.arange(self.keys)
         cell = jnp.where(here, jnp.arange(1, len(at) + 1)[:, None], 0).sum(0) - 1
         return jnp.where(cell >= 0, jnp.take(flat, jnp.maximum(cell, 0), axis=-1), 0)
+
+    def _check(self, image: int) -> None:
+        if not 0 <= image < len(self.cells):
+            raise UserError(f"cannot look at image {image} of a request with {len(self.cells)} images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +232,9 @@ class Continue(Request):
     """A further turn after a kept `Reply`, or on from the layer at which a kept `Reading` stopped. Result: `Reply`.
 
     After a reply, `prompt` is the whole conversation with the new question at its end (`prompts.render` of question,
-    answer, question); only what the cache does not hold yet is run, so the result is that of the whole prompt. On from
-    a reading there is no prompt: its own goes through the remaining layers, and is answered.
+    answer, question); only what the cache does not hold yet is run, so the result is that of the whole prompt. Where
+    image tokens depend on all of the text (InstructBLIP) that is run anew. On from a reading there is no prompt: its
+    own goes through the remaining layers, and is answered.
     """
 
     of: "Reply | Reading"
@@ -225,6 +264,7 @@ class Gradient(_Prompted):
         wrt="attention"  A, the attention probabilities of the wanted rows at `layers`, as `Read` gives them with all
                          heads, and ∂y/∂A, both [C, N, R, S]: exact, of probabilities that nothing renormalises, so not
                          zero at keys that a row does not see (`transforms.gradient.gradient_map` multiplies it by A).
+                         Of a model that sees images through queries a reduction gets that of `cross`, too.
         wrt="pixels"     ∂y/∂X [I, E, E, 3] of the encoder's normalised pixels, through the vision tower; no `layers`.
 
     of="match": y is the logit of "match", before the softmax, on a matching model (`jaxvqa.Matcher`). `prompt` is the
@@ -242,6 +282,8 @@ class Gradient(_Prompted):
     """Layers (0-based, ascending) whose attention is differentiated."""
     rows: str | tuple[int, ...] = "last"
     """Query rows, as in `Read`; of="match" gives all, whatever this says."""
+    cross: tuple[int, ...] | None = None
+    """Cross-attentions that are differentiated besides, of all queries; as in `ReadSpec.cross`."""
     of: str = "top"
     """"top" or "match"."""
     reduce: Callable | None = None

@@ -87,6 +87,10 @@ class Taps:
     edits: tuple[Edit, ...] = ()
     rows: Int[Array, "B R"] | None = None
     """Query positions (their count is static, their values are data); None is the last valid token, R = 1."""
+    cross_bias: Float[Array, "B I #N S"] | None = None
+    """Of models that see each image I through queries (InstructBLIP): added to the scaled scores of their
+    cross-attentions, all of them and every query, e.g. log λ·M (CoF). The class token is the first of the S keys.
+    In `VLM.prefill` and the taps of requests; the family's own `prefill` takes it as `bias`."""
 
 
 @register_static
@@ -104,14 +108,18 @@ class ReadSpec:
     """Run layers up to stop−1 only (None: all)."""
     start: int = 0
     """First layer to run: `hidden` of an earlier pass that stopped there goes in."""
+    cross: tuple[int, ...] | None = None
+    """Of models that see an image through queries (InstructBLIP): cross-attentions to read, ascending, counted by
+    themselves. None is none but for requests, which read the model's own choice beside attention rows."""
 
     def __post_init__(self):
         if unknown := set(self.read) - READABLE:
             raise JaxVQAError(f"cannot read {sorted(unknown)}; readable are {sorted(READABLE)}")
         if self.heads not in ("mean", "all"):
             raise JaxVQAError(f"heads={self.heads!r}: expected 'mean' or 'all'")
-        if list(self.layers) != sorted(set(self.layers)):
-            raise JaxVQAError(f"layers {self.layers} must be distinct and ascending")
+        for name, layers in (("layers", self.layers), ("cross", self.cross or ())):
+            if list(layers) != sorted(set(layers)):
+                raise JaxVQAError(f"{name} {layers} must be distinct and ascending")
         if bool(self.layers) != bool(self.read):
             raise JaxVQAError("a readout needs both layers and what to read")
 
@@ -128,6 +136,10 @@ class Readouts:
     """Keys before the rotary embedding (after key normalisation, where the model has one)."""
     hidden: Float[Array, "C B T D"] | None = None
     """Output of the block."""
+    cross: Float[Array, "C B I *N Q S"] | None = None
+    """Of the cross-attentions `ReadSpec.cross`, with heads as in `rows`: attention probabilities, f32, of each image's
+    queries to its class token and its patches."""
+    cross_values: Float[Array, "C B I S N H"] | None = None
 
 
 @register_dataclass

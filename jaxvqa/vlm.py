@@ -25,6 +25,7 @@ from jaxvqa.geometry import Geometry
 from jaxvqa.images import open_image
 from jaxvqa.methods import Facts
 from jaxvqa.models import family_of, fingerprint
+from jaxvqa.models.qformer import Asked
 from jaxvqa.prompts import MARKER, TEMPLATES, ImageSlot, Prompt, Template, Tokens, render, tokenise
 from jaxvqa.sharding import BATCH, constrain
 from jaxvqa.taps import Plugin, ReadSpec, Taps
@@ -42,6 +43,8 @@ class Encoded:
     """Which row of the images' features, side by side, each token is; -1 for text."""
     positions: Int[np.ndarray, "T 3"] | None
     """Of multimodal rotary embeddings; None counts from 0."""
+    asked: Int[np.ndarray, "A"] | None = None
+    """The text in the ids of the Q-Former's tokenizer, of models whose image tokens depend on it (`VLM.ask`)."""
 
     @property
     def geometries(self) -> tuple[Geometry, ...]:
@@ -60,6 +63,7 @@ class Inputs:
     """Arrays [B, I, ...] of `ImageInput`; None where no row has an image. Rows with fewer are filled with zeros."""
     slots: Int[Array, "B T"] | None
     positions: Int[Array, "B T 3"] | None
+    asked: Asked | None = None
 
 
 def collate(rows: Sequence[Encoded], *, length: int | None = None, images: int | None = None) -> Inputs:
@@ -90,7 +94,33 @@ def collate(rows: Sequence[Encoded], *, length: int | None = None, images: int |
         arrays = jax.tree.map(lambda *x: np.stack(x).reshape(len(rows), images, *x[0].shape), *chain(*filled))
         slots = padded([row.slots for row in rows], -1)
     positions = None if rows[0].positions is None else padded([row.positions for row in rows])
-    return Inputs(padded([row.tokens.ids for row in rows]), lengths, arrays, slots, positions)
+    asked = None
+    if any(row.asked is not None for row in rows):
+        asked = texts([np.zeros(0, np.int32) if row.asked is None else row.asked for row in rows])
+    return Inputs(padded([row.tokens.ids for row in rows]), lengths, arrays, slots, positions, asked)
+
+
+def texts(rows: Sequence[Int[np.ndarray, "_"]], length: int | None = None) -> Asked:
+    """Texts for a Q-Former, right-padded to `length` tokens (default: the longest's)."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    length = int(lengths.max()) if length is None else length
+    return Asked(np.stack([np.pad(row, (0, length - len(row))) for row in rows]), lengths)
+
+
+def queried(asked: Asked | None, taps: Taps, spec: ReadSpec, read: frozenset[str] = frozenset({"rows"})) -> dict:
+    """Keyword arguments of a family's `prefill` for the queries through which it sees images; none without them.
+
+    read: what is read of the cross-attentions `spec.cross`. Raises UserError for edits and readouts of queries that a
+    model, or a prompt without images, has not.
+    """
+    if asked is None:
+        if taps.cross_bias is not None or spec.cross:
+            raise UserError(
+                "ReadSpec.cross and Taps.cross_bias are of prompts whose images are seen through queries (InstructBLIP)"
+            )
+        return {}
+    cross = ReadSpec(spec.cross, read, spec.heads) if spec.cross else ReadSpec()
+    return dict(asked=asked, bias=taps.cross_bias, cross=cross)
 
 
 def slots_of(tokens: Tokens, images: Sequence[ImageInput]) -> Int[np.ndarray, "T"]:
@@ -109,6 +139,7 @@ class VLM(nnx.Module):
         mean colour, the original LLaVA-1.5) or "hf" (what the checkpoint's image processor does by itself).
     image_buckets: sizes to which images are padded, ascending, in the family's unit (None: its `default_buckets`).
     attention: name of an attention backend (`jaxvqa.attention`).
+    qformer_tokenizer: of a model with a Q-Former, which reads the prompt, too.
     """
 
     def __init__(
@@ -124,6 +155,7 @@ class VLM(nnx.Module):
         attention: str = "auto",
         eos_ids: tuple[int, ...] = (),
         mesh: Mesh | None = None,
+        qformer_tokenizer: Any = None,
     ):
         family = family_of(config)
         image_setup = next(iter(family.SETUPS)) if image_setup is None else image_setup
@@ -132,7 +164,9 @@ class VLM(nnx.Module):
         if attention not in (*BACKENDS, "auto"):
             raise UserError(f"attention backend {attention!r}: expected one of {', '.join(BACKENDS)}, auto")
         self.config, self.params = config, nnx.data(params)
-        self.tokenizer, self.image_processor = tokenizer, image_processor
+        if hasattr(family, "ask") and qformer_tokenizer is None:
+            raise JaxVQAError(f"{name}: a model with a Q-Former needs qformer_tokenizer, the tokenizer of that")
+        self.tokenizer, self.image_processor, self.qformer_tokenizer = tokenizer, image_processor, qformer_tokenizer
         self.name, self.image_setup, self.attention, self.mesh = name, image_setup, attention, mesh
         self.eos_ids = eos_ids or (tokenizer.eos_token_id,)
         family.check_processor(config, image_processor)
@@ -147,7 +181,18 @@ class VLM(nnx.Module):
         side = config.vision.image_size
         detail = place((side, side)).mode in ("tiles", "native")
         template, said = family_of(config).SETUPS[self.image_setup], fingerprint(config)
-        return Facts(self.name, config.decoder.num_layers, side, config.grid, template, place, detail, said)
+        return Facts(
+            self.name,
+            config.decoder.num_layers,
+            side,
+            config.grid,
+            template,
+            place,
+            detail,
+            said,
+            family=family_of(config).__name__.rpartition(".")[2],
+            queries=hasattr(family_of(config), "ask"),
+        )
 
     @property
     def template(self) -> Template:
@@ -199,6 +244,16 @@ class VLM(nnx.Module):
             )
         return tokens
 
+    def ask(self, tokens: Tokens) -> Int[np.ndarray, "A"] | None:
+        """What the Q-Former reads of a prompt with images: its text. None for models without one, and without images.
+
+        Raises UserError for a text that is too long for it.
+        """
+        if self.qformer_tokenizer is None or not tokens.image_spans:
+            return None
+        text = tokens.text.replace(MARKER, "")
+        return family_of(self.config).ask(self.config, self.qformer_tokenizer, text)
+
     def _prompt(self, text: str, num_images: int) -> Prompt:
         """A text with image markers is the whole prompt; one without is a question for the model's own template."""
         template = self.template
@@ -230,7 +285,7 @@ class VLM(nnx.Module):
         made = tuple(self.process(open_image(image), bucket, setup) for image in images)
         tokens = self.tokenise(prompt, [image.tokens for image in made])
         positions = self.positions(tokens, [image.geometry for image in made])
-        return Encoded(tokens, made, slots_of(tokens, made), positions)
+        return Encoded(tokens, made, slots_of(tokens, made), positions, self.ask(tokens))
 
     def prefill(
         self,
@@ -307,6 +362,7 @@ def _prefill(params, config, inputs: Inputs, taps, spec, plugins, capacity: int,
         spec=spec,
         plugins=plugins,
         backend=backend,
+        **queried(inputs.asked, taps, spec),
     )
 
 
@@ -360,6 +416,11 @@ def load(
         )
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+    second = None
+    if hasattr(family_of(config), "ask"):
+        if not (folder / "qformer_tokenizer").is_dir():
+            raise JaxVQAError(f"{source}: no folder qformer_tokenizer, the tokenizer of what its Q-Former reads")
+        second = AutoTokenizer.from_pretrained(folder / "qformer_tokenizer", local_files_only=True)
     return VLM(
         config,
         params,
@@ -371,6 +432,7 @@ def load(
         attention=attention,
         eos_ids=_eos_ids(folder, tokenizer),
         mesh=mesh,
+        qformer_tokenizer=second,
     )
 
 
@@ -384,14 +446,13 @@ def _eos_ids(folder: Path, tokenizer) -> tuple[int, ...]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Place:
-    """Where the image tokens of an image of `size` (W, H) look."""
+    """Where the image tokens of an image of `size` (W, H) look, in a prompt of so many images."""
 
     vlm: VLM
 
-    def __call__(self, size: tuple[int, int]) -> Geometry:
-        vlm = self.vlm
-        family = family_of(vlm.config)
-        return family.geometry_of(vlm.config, vlm.image_processor, size, vlm.image_buckets, vlm.image_setup)
+    def __call__(self, size: tuple[int, int], num_images: int = 1) -> Geometry:
+        vlm, setup = self.vlm, self.vlm.setup_of(num_images)
+        return family_of(vlm.config).geometry_of(vlm.config, vlm.image_processor, size, vlm.image_buckets, setup)
 
     def __repr__(self):
         return self.vlm.image_setup

@@ -301,7 +301,10 @@ def compiled(vlm, layer: int, length: int, start: int = 0, backend: str = "xla_c
     prefix = (handlers.Kept(cache, cache, shaped(start), None, None),) if start else ()
     features, at = ((shaped(16, d.width, dtype=jnp.float32),),), shaped(1, 1)
     ids, cells = shaped(1, length), shaped(1, 1, 16)
-    batch = handlers.Batch(ids, shaped(1), ids, None, features, prefix, cells, at, shaped(1, 1, dtype=jnp.bool_))
+    batch = handlers.Batch(
+        ids=ids, lengths=shaped(1), slots=ids, positions=None, features=features, prefix=prefix, cells=cells,
+        shapes=shaped(1, 1, 2), rows=at, wanted=shaped(1, 1, dtype=jnp.bool_), asked=None, queries=None, grid=(4, 4),
+    )  # fmt: skip
     spec = ReadSpec((layer,), frozenset({"rows", "values"}), heads="all")
     program = gradients._gradient.lower(
         vlm.params, vlm.config, batch, None, (), spec=spec, reduce=None, backend=backend

@@ -133,6 +133,14 @@ def gain(rng, size):
     return (1 + 0.1 * rng.standard_normal(size)).astype(np.float32)
 
 
+def linear(rng, name, size_out, size_in):
+    return {f"{name}.weight": matrix(rng, size_out, size_in), f"{name}.bias": bias(rng, size_out)}
+
+
+def norm(rng, name, size):
+    return {f"{name}.weight": gain(rng, size), f"{name}.bias": bias(rng, size)}
+
+
 def clip_tensors(rng, c):
     width, mlp = c["width"], c["mlp"]
     tensors = {
@@ -156,7 +164,8 @@ def clip_tensors(rng, c):
     return tensors
 
 
-def llama_tensors(rng, c, vocabulary):
+def llama_tensors(rng, c, vocabulary, kind="llama"):
+    """kind: "qwen2" has biases of queries, keys and values, "qwen3" norms of queries and keys."""
     width, mlp, queries, keys = c["width"], c["mlp"], c["heads"] * c["head_dim"], c["kv_heads"] * c["head_dim"]
     tensors = {"embed_tokens.weight": matrix(rng, vocabulary, width), "norm.weight": gain(rng, width)}
     for i in range(c["layers"]):
@@ -172,6 +181,13 @@ def llama_tensors(rng, c, vocabulary):
             "mlp.down_proj.weight": matrix(rng, width, mlp),
         }
         tensors |= {f"layers.{i}.{name}": value for name, value in layer.items()}
+    for i in range(c["layers"]):
+        attention = f"layers.{i}.self_attn."
+        if kind == "qwen2":
+            sizes = {"q": queries, "k": keys, "v": keys}
+            tensors |= {f"{attention}{name}_proj.bias": bias(rng, size) for name, size in sizes.items()}
+        elif kind == "qwen3":
+            tensors |= {f"{attention}{name}_norm.weight": gain(rng, c["head_dim"]) for name in "qk"}
     return tensors
 
 
@@ -211,19 +227,27 @@ def write_weights(folder, tensors, dtype="float32", shards=1):
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def write_tokenizer(folder, image_token=True):
-    """A byte-level BPE of 298 tokens (any text round-trips) that prepends <s>; then <image> and <pad>."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+def byte_level_bpe(size, more=" Yes No" * 9, special=(), **options):
+    """A tokenizer of `size` tokens, the special ones first, that prepends nothing; any text round-trips."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    folder = Path(folder)
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer = Tokenizer(models.BPE(**options))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator([TEXT, " Yes No" * 9], trainers.BpeTrainer(
-        vocab_size=IMAGE_TOKEN_ID, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
+    tokenizer.train_from_iterator([TEXT, more], trainers.BpeTrainer(
+        vocab_size=size, special_tokens=list(special), show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     ))  # fmt: skip
-    assert tokenizer.get_vocab_size() == IMAGE_TOKEN_ID, tokenizer.get_vocab_size()
+    assert tokenizer.get_vocab_size() == size, tokenizer.get_vocab_size()
+    return tokenizer
+
+
+def write_tokenizer(folder, image_token=True):
+    """A byte-level BPE of 298 tokens that prepends <s>; then <image> and <pad>."""
+    from tokenizers import processors
+
+    folder = Path(folder)
+    tokenizer = byte_level_bpe(IMAGE_TOKEN_ID, special=["<unk>", "<s>", "</s>"], unk_token="<unk>")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
     )
@@ -238,12 +262,19 @@ def write_tokenizer(folder, image_token=True):
 
 
 def write_image_processor(folder, image_size):
+    write_preprocessor(
+        folder, image_processor_type="CLIPImageProcessor", size={"shortest_edge": image_size}, do_center_crop=True,
+        crop_size={"height": image_size, "width": image_size},
+    )  # fmt: skip
+
+
+def write_preprocessor(folder, **options):
+    """preprocessor_config.json; what it does not say is CLIP's."""
     mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # openai/clip-vit-*
     write_json(Path(folder) / "preprocessor_config.json", dict(
-        image_processor_type="CLIPImageProcessor", do_resize=True, size={"shortest_edge": image_size}, resample=3,
-        do_center_crop=True, crop_size={"height": image_size, "width": image_size}, do_rescale=True,
-        rescale_factor=1 / 255, do_normalize=True, image_mean=mean, image_std=std, do_convert_rgb=True,
-    ))  # fmt: skip
+        do_resize=True, resample=3, do_rescale=True, rescale_factor=1 / 255, do_normalize=True, do_convert_rgb=True,
+        image_mean=mean, image_std=std,
+    ) | options)  # fmt: skip
 
 
 def write_processor(folder, image_size, patch_size, select):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from tiny import bias, gain, matrix, write_json, write_weights
+from tiny import bias, linear, matrix, norm, write_json, write_preprocessor, write_weights
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = "a is the of on in there what which to left right red blue square cross plate image sign small ? ,".split()
@@ -57,14 +57,6 @@ def tiny_blip(
     write_blip_processor(folder, image_size)
     write_weights(folder, tensors, dtype, shards)
     return folder
-
-
-def linear(rng, name, size_out, size_in):
-    return {f"{name}.weight": matrix(rng, size_out, size_in), f"{name}.bias": bias(rng, size_out)}
-
-
-def norm(rng, name, size):
-    return {f"{name}.weight": gain(rng, size), f"{name}.bias": bias(rng, size)}
 
 
 def vision_tensors(rng, image_size, patch_size, layers, width):
@@ -123,9 +115,6 @@ def write_bert_tokenizer(folder):
 
 
 def write_blip_processor(folder, image_size):
-    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # openai/clip-vit-*
-    write_json(Path(folder) / "preprocessor_config.json", dict(
-        image_processor_type="BlipImageProcessor", do_resize=True, size={"height": image_size, "width": image_size},
-        resample=3, do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=mean, image_std=std,
-        do_convert_rgb=True,
-    ))  # fmt: skip
+    write_preprocessor(
+        folder, image_processor_type="BlipImageProcessor", size={"height": image_size, "width": image_size}
+    )

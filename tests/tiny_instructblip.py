@@ -8,14 +8,16 @@ from tiny import (
     PAD_TOKEN,
     PAD_TOKEN_ID,
     VOCABULARY,
+    linear,
     llama_tensors,
     matrix,
+    norm,
     write_json,
     write_tokenizer,
     write_weights,
 )
 from tiny_blip import VOCABULARY as WORDS
-from tiny_blip import linear, norm, vision_tensors, write_bert_tokenizer, write_blip_processor
+from tiny_blip import vision_tensors, write_bert_tokenizer, write_blip_processor
 
 MLP = 20
 """Of the vision tower and the Q-Former."""
@@ -40,6 +42,7 @@ def tiny_instructblip(
     num_kv_heads: int = 4,
     tied: bool = False,
     max_position_embeddings: int = 2048,
+    question_tokens: int = 40,
 ) -> Path:
     """Write a random InstructBLIP folder: config, weights, both tokenizers, processor; same arguments, same bytes.
 
@@ -52,7 +55,7 @@ def tiny_instructblip(
                 head_dim=width // num_heads)  # fmt: skip
     tensors = vision_tensors(rng, image_size, patch_size, vision_layers, vision_width)
     tensors |= {"query_tokens": matrix(rng, 1, num_queries, qformer_width) * 5}
-    tensors |= qformer_tensors(rng, qformer_layers, qformer_width, vision_width, every)
+    tensors |= qformer_tensors(rng, qformer_layers, qformer_width, vision_width, every, question_tokens)
     tensors |= linear(rng, "language_projection", width, qformer_width)
     language = llama_tensors(rng, text, VOCABULARY)
     tensors |= {"language_model.model." + name: value for name, value in language.items()}
@@ -70,7 +73,7 @@ def tiny_instructblip(
         qformer_config=dict(
             model_type="instructblip_qformer", hidden_size=qformer_width, intermediate_size=MLP,
             num_hidden_layers=qformer_layers, num_attention_heads=3, vocab_size=len(WORDS), hidden_act="gelu",
-            max_position_embeddings=40, layer_norm_eps=1e-12, cross_attention_frequency=every,
+            max_position_embeddings=question_tokens, layer_norm_eps=1e-12, cross_attention_frequency=every,
             encoder_hidden_size=vision_width,
         ),
         text_config=dict(
@@ -99,11 +102,11 @@ def tiny_instructblip(
     return folder
 
 
-def qformer_tensors(rng, layers, width, vision_width, every):
+def qformer_tensors(rng, layers, width, vision_width, every, question_tokens):
     prefix = "qformer."
     tensors = {
         prefix + "embeddings.word_embeddings.weight": matrix(rng, len(WORDS), width) * 3,
-        prefix + "embeddings.position_embeddings.weight": matrix(rng, 40, width) * 3,
+        prefix + "embeddings.position_embeddings.weight": matrix(rng, question_tokens, width) * 3,
     } | norm(rng, prefix + "embeddings.layernorm", width)
     for i in range(layers):
         layer = f"{prefix}encoder.layer.{i}."

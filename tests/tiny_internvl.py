@@ -3,7 +3,17 @@
 from pathlib import Path
 
 import numpy as np
-from tiny import TEXT, bias, gain, llama_tensors, matrix, write_json, write_weights
+from tiny import (
+    bias,
+    byte_level_bpe,
+    gain,
+    linear,
+    llama_tensors,
+    matrix,
+    write_json,
+    write_preprocessor,
+    write_weights,
+)
 
 WORDS = 298
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
@@ -67,14 +77,7 @@ def tiny_internvl(
         tensors |= linear(rng, f"multi_modal_projector.{name}", size_out, size_in)
     tensors["multi_modal_projector.layer_norm.weight"] = gain(rng, 4 * vision_width)
     tensors["multi_modal_projector.layer_norm.bias"] = bias(rng, 4 * vision_width)
-    language = llama_tensors(rng, decoder, VOCABULARY)
-    for i in range(text_layers):
-        attention = f"layers.{i}.self_attn."
-        if text == "qwen3":
-            language |= {attention + name: gain(rng, head_dim) for name in ("q_norm.weight", "k_norm.weight")}
-        else:
-            for name, heads in (("q", num_heads), ("k", num_kv_heads), ("v", num_kv_heads)):
-                language[f"{attention}{name}_proj.bias"] = bias(rng, heads * head_dim)
+    language = llama_tensors(rng, decoder, VOCABULARY, text)
     tensors |= {"language_model.model." + name: value for name, value in language.items()}
     if not tied:
         tensors["language_model.lm_head.weight"] = matrix(rng, VOCABULARY, width)
@@ -136,10 +139,6 @@ def vision_layer(rng, width, mlp, norm):
     return tensors | linear(rng, "mlp.fc1", mlp, width) | linear(rng, "mlp.fc2", width, mlp)
 
 
-def linear(rng, name, size_out, size_in):
-    return {f"{name}.weight": matrix(rng, size_out, size_in), f"{name}.bias": bias(rng, size_out)}
-
-
 def as_module(name):
     if name.startswith("language_model.lm_head."):
         return name.removeprefix("language_model.")
@@ -184,16 +183,7 @@ def as_original(tensors):
 
 def write_chat_tokenizer(folder):
     """A byte-level BPE without BOS, with the markers of chat and images, and the chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator([TEXT, "Yes No" * 9], trainers.BpeTrainer(
-        vocab_size=WORDS, special_tokens=["<|endoftext|>"], show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    ))  # fmt: skip
-    assert tokenizer.get_vocab_size() == WORDS, tokenizer.get_vocab_size()
+    tokenizer = byte_level_bpe(WORDS, "Yes No" * 9, ["<|endoftext|>"])
     tokenizer.add_special_tokens(list(SPECIAL))
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", dict(
@@ -208,14 +198,14 @@ def write_chat_tokenizer(folder):
 def write_tile_processor(folder, side, max_patches, tokens, original):
     """HF's; or what the original folders have, which does not cut tiles: their code does."""
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    common = dict(do_resize=True, do_normalize=True, image_mean=mean, image_std=std, resample=3)
     if original:
-        write_json(folder / "preprocessor_config.json", common | dict(
+        write_json(folder / "preprocessor_config.json", dict(
             feature_extractor_type="CLIPFeatureExtractor", crop_size=side, do_center_crop=True, size=side,
+            do_resize=True, do_normalize=True, image_mean=mean, image_std=std, resample=3,
         ))  # fmt: skip
         return
-    write_json(folder / "preprocessor_config.json", common | dict(
-        image_processor_type="GotOcr2ImageProcessorFast", size=dict(height=side, width=side), do_rescale=True,
-        rescale_factor=1 / 255, do_convert_rgb=True, crop_to_patches=False, min_patches=1, max_patches=max_patches,
-    ))  # fmt: skip
+    write_preprocessor(
+        folder, image_processor_type="GotOcr2ImageProcessorFast", size=dict(height=side, width=side), image_mean=mean,
+        image_std=std, crop_to_patches=False, min_patches=1, max_patches=max_patches,
+    )  # fmt: skip
     write_json(folder / "processor_config.json", dict(processor_class="InternVLProcessor", image_seq_length=tokens))

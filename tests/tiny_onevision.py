@@ -6,13 +6,14 @@ import numpy as np
 from tiny import (
     IMAGE_TOKEN_ID,
     LAYOUTS,
-    TEXT,
     VOCABULARY,
     bias,
+    byte_level_bpe,
     clip_tensors,
     llama_tensors,
     matrix,
     write_json,
+    write_preprocessor,
     write_tokenizer,
     write_weights,
 )
@@ -76,11 +77,7 @@ def tiny_onevision(
         projector_prefix + "linear_2.bias": bias(rng, width),
         ("model." if layout == "v5-modules" else "") + "image_newline": 10 * bias(rng, width),
     }
-    language = llama_tensors(rng, text, VOCABULARY)
-    if text_model == "qwen2":
-        sizes = {"q_proj": num_heads * 8, "k_proj": num_kv_heads * 8, "v_proj": num_kv_heads * 8}
-        for i in range(text_layers):
-            language |= {f"layers.{i}.self_attn.{name}.bias": bias(rng, size) for name, size in sizes.items()}
+    language = llama_tensors(rng, text, VOCABULARY, text_model)
     tensors |= {language_prefix + name: value for name, value in language.items()}
     if not tied:
         tensors[head_prefix + "weight"] = matrix(rng, VOCABULARY, width)
@@ -148,16 +145,9 @@ def siglip_tensors(rng, c, head):
 
 def write_qwen_tokenizer(folder):
     """A byte-level BPE without a token of beginning; then Qwen's special tokens and `<image>`."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    words = IMAGE_TOKEN_ID + 1 - len(SPECIAL)
-    tokenizer.train_from_iterator([TEXT, " Yes No" * 9], trainers.BpeTrainer(
-        vocab_size=words, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    ))  # fmt: skip
-    assert tokenizer.get_vocab_size() == words, tokenizer.get_vocab_size()
+    tokenizer = byte_level_bpe(IMAGE_TOKEN_ID + 1 - len(SPECIAL))
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", dict(
@@ -170,24 +160,21 @@ def write_qwen_tokenizer(folder):
 def write_tile_processor(folder, image_size, patch_size, canvases, max_tiles):
     """The image processor; LLaVA-NeXT's where `max_tiles` is None."""
     square = {"height": image_size, "width": image_size}
-    common = dict(
-        do_resize=True, resample=3, do_rescale=True, rescale_factor=1 / 255, do_normalize=True, do_convert_rgb=True,
-        do_pad=True, image_grid_pinpoints=canvases,
-    )  # fmt: skip
+    common = dict(do_pad=True, image_grid_pinpoints=canvases)
     if max_tiles is None:
-        mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # openai/clip-vit-*
-        write_json(folder / "preprocessor_config.json", common | dict(
-            image_processor_type="LlavaNextImageProcessor", size={"shortest_edge": image_size}, do_center_crop=True,
-            crop_size=square, image_mean=mean, image_std=std,
-        ))  # fmt: skip
+        write_preprocessor(
+            folder, image_processor_type="LlavaNextImageProcessor", size={"shortest_edge": image_size},
+            do_center_crop=True, crop_size=square, **common,
+        )  # fmt: skip
         write_json(folder / "processor_config.json", dict(
             processor_class="LlavaNextProcessor", image_token="<image>", patch_size=patch_size,
             vision_feature_select_strategy="default", num_additional_image_tokens=1,
         ))  # fmt: skip
         return
-    write_json(folder / "preprocessor_config.json", common | dict(
-        image_processor_type="LlavaOnevisionImageProcessor", size=square, image_mean=[0.5] * 3, image_std=[0.5] * 3,
-    ))  # fmt: skip
+    write_preprocessor(
+        folder, image_processor_type="LlavaOnevisionImageProcessor", size=square, image_mean=[0.5] * 3,
+        image_std=[0.5] * 3, **common,
+    )  # fmt: skip
     write_json(folder / "processor_config.json", dict(
         processor_class="LlavaOnevisionProcessor", image_token="<image>", video_token="<video>",
         num_image_tokens=(image_size // patch_size) ** 2, vision_feature_select_strategy="full",

@@ -3,7 +3,17 @@
 from pathlib import Path
 
 import numpy as np
-from tiny import TEXT, bias, gain, llama_tensors, matrix, write_json, write_weights
+from tiny import (
+    bias,
+    byte_level_bpe,
+    gain,
+    linear,
+    llama_tensors,
+    matrix,
+    write_json,
+    write_preprocessor,
+    write_weights,
+)
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
@@ -57,10 +67,7 @@ def tiny_qwen(
     vision_mlp = vision_mlp if gated else 2 * vision_width
     sizes = dict(width=width, mlp=48, layers=text_layers, heads=num_heads, kv_heads=num_kv_heads, head_dim=head_dim)
     tower = vision_tensors(rng, gated, vision_layers, vision_width, vision_mlp, patch_size, width)
-    language = llama_tensors(rng, sizes, VOCABULARY)
-    for i in range(text_layers):
-        for name, heads in (("q", num_heads), ("k", num_kv_heads), ("v", num_kv_heads)):
-            language[f"layers.{i}.self_attn.{name}_proj.bias"] = bias(rng, heads * head_dim)
+    language = llama_tensors(rng, sizes, VOCABULARY, "qwen2")
     visual, model = ("visual.", "model.") if published else ("model.visual.", "model.language_model.")
     tensors = {visual + name: value for name, value in tower.items()}
     tensors |= {model + name: value for name, value in language.items()}
@@ -104,35 +111,24 @@ def vision_tensors(rng, gated, layers, width, mlp, patch, out):
     def norm(name):
         return {f"{name}.weight": gain(rng, width)} | ({} if gated else {f"{name}.bias": bias(rng, width)})
 
-    def linear(name, size_out, size_in):
-        return {f"{name}.weight": matrix(rng, size_out, size_in), f"{name}.bias": bias(rng, size_out)}
-
     tensors = {"patch_embed.proj.weight": matrix(rng, width, 3, 2, patch, patch)}
     for i in range(layers):
         at = f"blocks.{i}."
         tensors |= norm(at + "norm1") | norm(at + "norm2")
-        tensors |= linear(at + "attn.qkv", 3 * width, width) | linear(at + "attn.proj", width, width)
+        tensors |= linear(rng, at + "attn.qkv", 3 * width, width) | linear(rng, at + "attn.proj", width, width)
         if gated:
-            tensors |= linear(at + "mlp.gate_proj", mlp, width) | linear(at + "mlp.up_proj", mlp, width)
-            tensors |= linear(at + "mlp.down_proj", width, mlp)
+            tensors |= linear(rng, at + "mlp.gate_proj", mlp, width) | linear(rng, at + "mlp.up_proj", mlp, width)
+            tensors |= linear(rng, at + "mlp.down_proj", width, mlp)
         else:
-            tensors |= linear(at + "mlp.fc1", mlp, width) | linear(at + "mlp.fc2", width, mlp)
+            tensors |= linear(rng, at + "mlp.fc1", mlp, width) | linear(rng, at + "mlp.fc2", width, mlp)
     tensors |= norm("merger.ln_q")
-    return tensors | linear("merger.mlp.0", 4 * width, 4 * width) | linear("merger.mlp.2", out, 4 * width)
+    return tensors | linear(rng, "merger.mlp.0", 4 * width, 4 * width) | linear(rng, "merger.mlp.2", out, 4 * width)
 
 
 def write_qwen_tokenizer(folder, processor="Qwen2_5_VLProcessor", chat_template=CHAT_TEMPLATE):
     """A byte-level BPE of 297 words (any text round-trips) that prepends nothing; then Qwen's special tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     folder = Path(folder)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator([TEXT, "Yes No " * 9], trainers.BpeTrainer(
-        vocab_size=WORDS, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    ))  # fmt: skip
-    assert tokenizer.get_vocab_size() == WORDS, tokenizer.get_vocab_size()
+    tokenizer = byte_level_bpe(WORDS, "Yes No " * 9)
     tokenizer.add_special_tokens(list(SPECIAL))
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", dict(
@@ -144,12 +140,10 @@ def write_qwen_tokenizer(folder, processor="Qwen2_5_VLProcessor", chat_template=
 
 def write_qwen_processor(folder, patch_size, pixels, old=False, kind="Qwen2VLImageProcessor"):
     """old: the limits of an image's area spelled as in the published checkpoints of Qwen2.5-VL."""
-    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
     fewest, most = pixels
     limits = dict(min_pixels=fewest, max_pixels=most)
     limits = limits if old else dict(size=dict(shortest_edge=fewest, longest_edge=most))
-    write_json(Path(folder) / "preprocessor_config.json", limits | dict(
-        image_processor_type=kind, patch_size=patch_size, merge_size=2, temporal_patch_size=2, do_resize=True,
-        resample=3, do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=mean, image_std=std,
-        do_convert_rgb=True, processor_class="Qwen2_5_VLProcessor",
-    ))  # fmt: skip
+    write_preprocessor(
+        folder, image_processor_type=kind, patch_size=patch_size, merge_size=2, temporal_patch_size=2,
+        processor_class="Qwen2_5_VLProcessor", **limits,
+    )  # fmt: skip

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from tiny import bias, gain, llama_tensors, matrix, write_json, write_weights
+from tiny import bias, linear, llama_tensors, matrix, norm, write_json, write_weights
 from tiny_qwen import (
     END,
     IM_END,
@@ -55,9 +55,7 @@ def tiny_qwen3(
     rng = np.random.default_rng(seed)
     width, vision_width, vision_mlp = 40, 16 * vision_heads, 36
     sizes = dict(width=width, mlp=48, layers=text_layers, heads=num_heads, kv_heads=num_kv_heads, head_dim=head_dim)
-    language = llama_tensors(rng, sizes, VOCABULARY)
-    for i in range(text_layers):
-        language |= {f"layers.{i}.self_attn.{name}_norm.weight": gain(rng, head_dim) for name in "qk"}
+    language = llama_tensors(rng, sizes, VOCABULARY, "qwen3")
     tower = vision_tensors(rng, vision_layers, len(deepstack), vision_width, vision_mlp, patch_size, side, width)
     tensors = {"model.visual." + name: value for name, value in tower.items()}
     tensors |= {"model.language_model." + name: value for name, value in language.items()}
@@ -93,12 +91,6 @@ def tiny_qwen3(
 
 
 def vision_tensors(rng, layers, depths, width, mlp, patch, side, out):
-    def norm(name, size):
-        return {f"{name}.weight": gain(rng, size), f"{name}.bias": bias(rng, size)}
-
-    def linear(name, size_out, size_in):
-        return {f"{name}.weight": matrix(rng, size_out, size_in), f"{name}.bias": bias(rng, size_out)}
-
     tensors = {
         "patch_embed.proj.weight": matrix(rng, width, 3, 2, patch, patch),
         "patch_embed.proj.bias": bias(rng, width),
@@ -106,10 +98,10 @@ def vision_tensors(rng, layers, depths, width, mlp, patch, side, out):
     }
     for i in range(layers):
         at = f"blocks.{i}."
-        tensors |= norm(at + "norm1", width) | norm(at + "norm2", width)
-        tensors |= linear(at + "attn.qkv", 3 * width, width) | linear(at + "attn.proj", width, width)
-        tensors |= linear(at + "mlp.linear_fc1", mlp, width) | linear(at + "mlp.linear_fc2", width, mlp)
+        tensors |= norm(rng, at + "norm1", width) | norm(rng, at + "norm2", width)
+        tensors |= linear(rng, at + "attn.qkv", 3 * width, width) | linear(rng, at + "attn.proj", width, width)
+        tensors |= linear(rng, at + "mlp.linear_fc1", mlp, width) | linear(rng, at + "mlp.linear_fc2", width, mlp)
     for at, normed in (("merger.", width), *((f"deepstack_merger_list.{i}.", 4 * width) for i in range(depths))):
-        tensors |= norm(at + "norm", normed)
-        tensors |= linear(at + "linear_fc1", 4 * width, 4 * width) | linear(at + "linear_fc2", out, 4 * width)
+        tensors |= norm(rng, at + "norm", normed)
+        tensors |= linear(rng, at + "linear_fc1", 4 * width, 4 * width) | linear(rng, at + "linear_fc2", out, 4 * width)
     return tensors

@@ -30,8 +30,8 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--image-setup",
         choices=("pad", "hf"),
-        help="how images are made ready. pad: to a square, as the original LLaVA-1.5; hf: as transformers does; default: "
-        "pad for LLaVA-1.5, hf for others",
+        help="how images are made ready. pad: to a square, as the original LLaVA-1.5; hf: as transformers does. "
+        "Default: pad for LLaVA-1.5, hf for others",
     )
 
 

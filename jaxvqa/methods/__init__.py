@@ -36,12 +36,48 @@ BUILTIN = {
     "mask_reweight": "jaxvqa.methods.controls:MaskReweight",
 }
 
+
+class Depth(NamedTuple):
+    """A layer where a paper puts it: `layer` (0-based) of `of`. In a model of another depth: `scaled_layer`."""
+
+    layer: int
+    of: int
+
+
+_LLAMA, _QWEN = Depth(14, 32), Depth(22, 36)
+MIDDLE = {
+    "llava": _LLAMA,
+    "llava_next": _LLAMA,
+    "llava_onevision": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN,
+    "internvl": _QWEN,
+    "instructblip": Depth(15, 32),
+}
+"""Family -> the middle layer in which a model's attention finds things, as ViCrop's release names it for LLaVA-1.5-7B,
+Qwen2.5-VL-3B and InstructBLIP-7B. The others have that of the model with the same kind of decoder, Llama or Qwen."""
+
+FAMILY_PRESETS: dict[tuple[str, str], dict[str, Any]] = {
+    **{("vicrop", family): {"layer": layer} for family, layer in MIDDLE.items()},
+    ("vicrop", "llava"): {"layer": _LLAMA, "template": "vicrop_hf"},
+    ("vicrop", "qwen3_vl"): {"layer": _QWEN, "base": 224},
+    ("hiperson", "qwen2_5_vl"): {"layer": _QWEN},
+    ("hiperson", "qwen3_vl"): {"base": 224},
+    ("hiperson", "instructblip"): {"layer": MIDDLE["instructblip"]},
+    ("focus", "llava_onevision"): {"layer_start": Depth(21, 28)},
+    # Images at about their own size: the largest regions, 5 cells of 4 x 4 tokens, are 1 to 2 times 448 pixels wide.
+    ("focus", "qwen2_5_vl"): {"blur": 2.0, "pool": 4},
+    ("focus", "qwen3_vl"): {"blur": 2.0, "pool": 4},
+    ("vanilla", "instructblip"): {"ending": "open"},
+}
+"""(method, family) -> options, as the method's paper or release has them for that family and no other."""
+
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     # Chosen on development questions: this model finds the plate in the middle, at the end of the prompt; the mean over
     # its question's tokens finds any plate of the colour or the shape.
     ("hiperson", "specks-llava"): {"layer": 3, "query_rows": "last"},
 }
-"""(method, model name) -> options, where a model wants other values than the method's rule gives."""
+"""(method, model name) -> options, where a model wants other values than its family's, or the method's rule."""
 
 
 class Facts(NamedTuple):
@@ -56,19 +92,24 @@ class Facts(NamedTuple):
     """Token rows and columns of an image."""
     template: str
     """Name of the prompt template that the model was trained with."""
-    view: "str | Callable[[tuple[int, int]], Geometry]" = "pad"
-    """How an image is laid into that square: "pad", "crop" or "squash"; or a function that says it by size (W, H)."""
+    view: "str | Callable[[tuple[int, int], int], Geometry]" = "pad"
+    """How an image is laid into that square: "pad", "crop" or "squash"; or a function that says it by size (W, H) and
+    the prompt's number of images."""
     detail: bool = False
     """Whether it sees images in detail: in tiles, or at about their own size (what FOCUS calls global-local)."""
     fingerprint: str = ""
     """Of the model's configuration (`models.fingerprint`): tells what was trained for it."""
+    family: str = "llava"
+    """The module of `jaxvqa.models` that computes with it."""
+    queries: bool = False
+    """Whether it sees an image through queries, so that none of its tokens shows a cell (InstructBLIP)."""
 
-    def geometry(self, size: tuple[int, int]) -> "Geometry":
-        """Where each image token of an image of `size` (W, H) looks."""
+    def geometry(self, size: tuple[int, int], num_images: int = 1) -> "Geometry":
+        """Where each image token of an image of `size` (W, H) looks, in a prompt of so many images."""
         from jaxvqa import geometry
 
         if not isinstance(self.view, str):
-            return self.view(size)
+            return self.view(size, num_images)
         return getattr(geometry, f"for_{self.view}")(*size, self.image_side, self.grid)
 
 
@@ -116,10 +157,25 @@ def resolve(method: Any, **options: Any) -> Any:
 
 
 def bind(method: Any, facts: Facts) -> Any:
-    """The method with every option that depends on the model resolved: its `bind(facts, preset)`, where it has one."""
+    """The method with every option that depends on the model resolved: its `bind(facts, preset)`, where it has one.
+
+    Raises UserError for a method that cannot work with the model.
+    """
     if not hasattr(method, "bind"):
         return method
-    return method.bind(facts, PRESETS.get((method_name(method), facts.name), {}))
+    return method.bind(facts, preset(method_name(method), facts))
+
+
+def preset(name: str, facts: Facts) -> dict[str, Any]:
+    """What a method's options are on a model where they are left open: its own presets, then its family's."""
+    found = FAMILY_PRESETS.get((name, facts.family), {}) | PRESETS.get((name, facts.name), {})
+    layers = facts.num_layers
+    return {option: scaled_layer(*v, layers) if isinstance(v, Depth) else v for option, v in found.items()}
+
+
+def middle_layer(facts: Facts) -> int:
+    """The model's layer at the depth that `MIDDLE` says of its family; that of LLaVA's where it says nothing."""
+    return scaled_layer(*MIDDLE.get(facts.family, _LLAMA), facts.num_layers)
 
 
 def method_name(method: Any) -> str:

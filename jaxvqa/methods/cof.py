@@ -1,6 +1,6 @@
 """CoF ("Coarse to Fine-Grained Image Understanding"): ground the answer, then attend more to where it lies."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, ClassVar, Literal
@@ -15,7 +15,7 @@ from jaxvqa.methods.vanilla import Vanilla
 from jaxvqa.methods.vicrop import preview_size
 from jaxvqa.prompts import render
 from jaxvqa.regions import boxes
-from jaxvqa.requests import Answer, Generate, Row, Sample
+from jaxvqa.requests import Answer, Call, Generate, Row, Sample
 from jaxvqa.taps import Edit, Tap, Taps
 from jaxvqa.transforms.reweight import log_reweight
 from jaxvqa.typing import Array, Float
@@ -30,15 +30,19 @@ ASKING = Vanilla(template="vicuna_v1", max_new_tokens=128)
 
 @dataclass(frozen=True)
 class Cof:
-    """CoF: the model says where the answer lies, and is asked again with its attention to those tokens times λ."""
+    """CoF: the model says where the answer lies, and is asked again with its attention to those tokens times λ.
+
+    Of InstructBLIP it is the Q-Former's attention to those patches, in all of its cross-attentions.
+    """
 
     name: ClassVar[str] = "cof"
     paper: ClassVar[str] = "CoF: Coarse to Fine-Grained Image Understanding for Multi-modal Large Language Models"
 
     lam: float | None = None
-    """λ, the factor of the attention weights; None is 2, in models of 40 layers (LLaVA-1.5-13B) 4.5."""
+    """λ, the factor of the attention weights; None is 2, in models of 40 layers (LLaVA-1.5-13B) 4.5, in InstructBLIP
+    22."""
     alpha: float | None = None
-    """α, the enlargement of the boxes; None is 1.3, in models of 40 layers 1."""
+    """α, the enlargement of the boxes; None is 1.3, in models of 40 layers and InstructBLIP 1."""
     layers: tuple[int, ...] | None = None
     """Decoder layers (0-based) whose attention is reweighted; None is all."""
     preset: Literal["default", "strict"] = "default"
@@ -57,6 +61,9 @@ class Cof:
     """Tokens selected where no box is found: "all" or "none"."""
     grounding_prompt: str = GROUNDING
     """What follows the question's first line in the grounding prompt."""
+    box_source: Callable | None = None
+    """What says the boxes in the model's place, xyxy in pixels of the image: a function of the image and the question's
+    first line, such as a detector. InstructBLIP says none by itself."""
     like: Vanilla = ASKING
     """What asks the question; the grounding uses its template and length, too."""
     facts: Facts | None = None
@@ -68,24 +75,35 @@ class Cof:
 
     def bind(self, facts: Facts, preset: dict[str, Any]) -> "Cof":
         large = facts.num_layers >= 40
-        bound = fill(fill(self, **preset), lam=4.5 if large else 2.0, alpha=1.0 if large else 1.3)
+        lam = 22.0 if facts.queries else 4.5 if large else 2.0
+        bound = fill(fill(self, **preset), lam=lam, alpha=1.0 if large or facts.queries else 1.3)
+        if facts.family != "llava" and bound.like == ASKING:
+            bound = replace(bound, like=replace(ASKING, template=None))
         bound = fill(bound, layers=tuple(range(facts.num_layers)), **boxes.PRESETS[self.preset])
         check_layers(bound, facts)
-        return replace(bound, like=methods.bind(self.like, facts), facts=facts)
+        return replace(bound, like=methods.bind(bound.like, facts), facts=facts)
 
     def __call__(self, sample: Sample) -> Generator[Any, Any, Answer]:
-        assert self.facts is not None and self.like.template is not None, "bound"
-        view = self.facts.geometry(sample.image.size)
-        stem = sample.question.split("\n")[0]
-        where = f"{stem}\n{self.grounding_prompt}"
-        prompt = render(self.like.template, where, num_images=len(sample.images), ending="open")
-        reply = yield Generate(sample.images, prompt, max_new_tokens=self.like.max_new_tokens)
-        found = boxes.parse(reply.text, max(sample.image.size), self.parse or "tolerant")
+        assert self.facts is not None, "bound"
+        view = self.facts.geometry(sample.image.size, len(sample.images))
+        found = yield from self.ground(sample, view)
         how: dict[str, Any] = {name: getattr(self, name) for name in boxes.PRESETS[self.preset] if name != "parse"}
         mask = boxes.select(found.boxes, view.grid, self.alpha or 1.0, **how)
         answer = yield from reweighted(self, sample, mask, view)
         status = "nothing found" if found.status == "no_box" else found.status
         return replace(answer, boxes=boxes.to_pixels(found.boxes, view), status=status)
+
+    def ground(self, sample: Sample, view: Geometry) -> Generator[Any, Any, boxes.Grounding]:
+        """Where the answer lies, as `box_source` or the model says."""
+        assert self.like.template is not None, "bound"
+        stem = sample.question.split("\n")[0]
+        if self.box_source is not None:
+            given = np.asarray((yield Call(self.box_source, (sample.image, stem))), np.float64).reshape(-1, 4)
+            return boxes.Grounding(boxes.from_pixels(given, view), "ok" if len(given) else "no_box")
+        where = f"{stem}\n{self.grounding_prompt}"
+        prompt = render(self.like.template, where, num_images=len(sample.images), ending="open")
+        reply = yield Generate(sample.images, prompt, max_new_tokens=self.like.max_new_tokens)
+        return boxes.parse(reply.text, max(sample.image.size), self.parse or "tolerant")
 
 
 def reweighted(method: Any, sample: Sample, mask: np.ndarray, view: Geometry) -> Generator[Any, Any, Answer]:
@@ -101,8 +119,11 @@ def reweighted(method: Any, sample: Sample, mask: np.ndarray, view: Geometry) ->
 def reweight(row: Row, mask: Float[Array, "h w"], strengths: Float[Array, "L #N"]) -> Taps:
     """Multiply the attention of every row to the first image's tokens by λ^M, in prefill and while decoding.
 
-    strengths: λ for each of the first L layers, and head if they differ; 1 leaves a layer as it is.
+    strengths: λ for each of the first L layers, and head if they differ; 1 leaves a layer as it is. Where the model
+        sees the image through queries, the last of them is that of all cross-attentions by which these look at it.
     """
+    if row.queries is not None:
+        return Taps(cross_bias=row.on_cross(log_reweight(mask, strengths[-1][:, None, None])))
     bias = row.on_keys(log_reweight(mask, strengths[:, :, None, None]))
     return Taps((Edit(Tap(key_bias=bias), 0, len(strengths)),))
 
@@ -114,6 +135,11 @@ def check_strength(options: Any) -> None:
 
 
 def check_layers(options: Any, facts: Facts) -> None:
-    """UserError where `layers` are not the model's."""
+    """UserError where `layers` are not the model's, or none can be chosen."""
     if not options.layers or not all(0 <= layer < facts.num_layers for layer in options.layers):
         raise UserError(f"{options.name}: layers={options.layers}; {facts.name} has layers 0 to {facts.num_layers - 1}")
+    if facts.queries and tuple(options.layers) != tuple(range(facts.num_layers)):
+        raise UserError(
+            f"{options.name}: layers={options.layers}; {facts.name} sees an image through queries, all of whose "
+            f"cross-attentions are reweighted: leave it out"
+        )

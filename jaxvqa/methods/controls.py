@@ -145,7 +145,8 @@ class TruthMap:
     """The method whose map is replaced."""
 
     def bind(self, facts: Facts, preset: dict[str, Any]) -> "TruthMap":
-        bound = methods.bind(self.like, facts)
+        # Its own map is never made, so the model need not be one of which it can be.
+        bound = methods.bind(replace(self.like, feature="random"), facts)
         return replace(self, like=_TruthFocus(**{name: getattr(bound, name) for name in methods.method_options(bound)}))
 
     def __call__(self, sample: Sample) -> Generator[Any, Any, Answer]:
@@ -232,7 +233,7 @@ class MaskReweight:
 
     def __call__(self, sample: Sample) -> Generator[Any, Any, Answer]:
         assert self.facts is not None, "bound"
-        view = self.facts.geometry(sample.image.size)
+        view = self.facts.geometry(sample.image.size, len(sample.images))
         return (yield from reweighted(self, sample, self.tokens(sample, view), view))
 
     def tokens(self, sample: Sample, view: Geometry) -> Float[np.ndarray, "h w"]:

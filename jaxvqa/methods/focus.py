@@ -63,8 +63,8 @@ class Focus:
     exist_suffix: str = " Answer Yes or No."
     """What follows "Is there a {target} in the image?"."""
     layer_start: int | None = None
-    """l, first decoder layer (0-based) whose values are compared; None is 14 of 32, at the same depth elsewhere, and 21
-    of 28 on models that see detail."""
+    """l, first decoder layer (0-based) whose values are compared; None is 14 of 32, and 21 of 28 on LLaVA-OneVision and
+    models that see detail, at the same depth in models with more or fewer."""
     layer_end: int | None = None
     """L, the layer after the last; None is the model's number of layers."""
     feature: Literal["value", "key_no_rope", "random"] = "value"
@@ -77,9 +77,10 @@ class Focus:
     """Windows along each axis, each overlapping the next by half, that are read one by one for a map of (windows + 1)/2
     times the resolution (section 4.6); 1 reads the whole image once."""
     blur: float | None = None
-    """Sigma in cells of the Gaussian filter over a map; None is 0, and 1 on models that see detail."""
+    """Sigma in cells of the Gaussian filter over a map; None is 0, and 1 on models that see detail (Qwen-VL: 2)."""
     pool: int | None = None
-    """Cells along each axis that become one, after the filter; None is 1, and 2 on models that see detail."""
+    """Cells along each axis that become one, after the filter; None is 1, and 2 on models that see detail (Qwen-VL:
+    4)."""
     mask_padding: bool = False
     """Whether cells of mere padding are left out of the map."""
     n_anchors: int | None = None
@@ -139,6 +140,11 @@ class Focus:
 
     def bind(self, facts: Facts, preset: dict[str, Any]) -> "Focus":
         bound, layers = fill(self, **preset), facts.num_layers
+        if facts.queries and bound.feature != "random":
+            raise UserError(
+                f"focus: feature={bound.feature!r} compares image tokens that show a cell each; {facts.name} sees an "
+                f"image through queries: use feature='random', or another method"
+            )
         if bound.windows > 1 and (facts.detail or any(cells % 2 for cells in facts.grid)):
             seen = "sees detail by itself" if facts.detail else f"has {facts.grid} image tokens"
             raise UserError(f"focus: windows={bound.windows} overlap by half; {facts.name} {seen}")

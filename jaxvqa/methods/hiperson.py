@@ -13,9 +13,9 @@ from jaxvqa.bundled import SPECKS_BLIP, SPECKS_LLAVA
 from jaxvqa.errors import UserError
 from jaxvqa.geometry import Geometry, for_squash, missing
 from jaxvqa.images import crop
-from jaxvqa.methods import Facts, check_choice, fill, scaled_layer
-from jaxvqa.methods.vicrop import preview_size
-from jaxvqa.prompts import ENDINGS, GENERAL_QUESTION, MARKER, SHORT_ANSWER, render, stem, worded
+from jaxvqa.methods import Facts, check_choice, fill, middle_layer
+from jaxvqa.methods.vicrop import brief, preview_size
+from jaxvqa.prompts import ENDINGS, GENERAL_QUESTION, MARKER, SHORT_ANSWER, TEMPLATES, render, stem, worded
 from jaxvqa.regions.tiles import cut, join, joined_geometry
 from jaxvqa.regions.windows import RATIOS, Tiles, high_res_split, search
 from jaxvqa.requests import Answer, Continue, Generate, Gradient, Read, Reading, Row, Sample
@@ -147,7 +147,7 @@ class HiPerson:
             raise UserError(f"hiperson: tiling={self.tiling}; expected at least 1 pixel, or none")
 
     def bind(self, facts: Facts, preset: dict[str, Any]) -> "HiPerson":
-        bound = fill(fill(self, **presets(facts.num_layers)[self.preset]), **preset)
+        bound = fill(fill(self, **presets(middle_layer(facts))[self.preset]), **preset)
         vicrop, bundled = bound.prompt == "vicrop", facts.name == SPECKS_LLAVA.name
         bound = fill(
             bound,
@@ -181,7 +181,7 @@ class HiPerson:
         looks = [] if self.maps == "grad" else [*self.look(sample, tiles)]
         match = [] if self.maps == "rel" else [self.match(sample)]
         found = yield [*looks, *match]
-        grid = found[0].geometries[0].grid if looks else self.facts.geometry(size).grid
+        grid = found[0].geometries[0].grid if looks else self.facts.geometry(size, len(sample.images)).grid
         view, tile = joined_geometry(size, tiles, grid, side), for_squash(*tiles.size, side, grid)
 
         maps = []
@@ -210,7 +210,7 @@ class HiPerson:
         images = cut(sample.image, tiles) if self.tiling else [sample.image]
         spec = ReadSpec(layers=self.layer, read=frozenset({"rows"}))
         for question in (stem(sample.question), self.q_ref):
-            prompt = render(self.template, question, num_images=len(sample.images), ending="short")
+            prompt = render(self.template, question, num_images=len(sample.images), ending=brief(self.template))
             everything = self.include_template and self.query_rows == "question"
             rows = prompt.text.split(MARKER)[-1] if everything else self.query_rows
             for image in images:
@@ -258,10 +258,12 @@ class HiPerson:
 
     def views(self, sample: Sample, box: Box) -> tuple[tuple[Any, ...], str]:
         """The images in prompt order, and the user's turn that asks about them."""
+        assert self.template, "bound"
         near, far = (crop(sample.image, box),), sample.images
         question = self.worded(sample, "short" if self.prompt == "vicrop" else "open")
         if self.prompt == "three_step":
-            if self.image_order == "crop_first":
+            # Where a model takes all images before the text, they stand there in the order in which it speaks of them.
+            if self.image_order == "crop_first" and not TEMPLATES[self.template].images_outside:
                 turn = f"{MARKER}\n{OBSERVE}\n{MARKER * len(far)}\n{RELATE}\n{question}"
             else:
                 turn = f"{OBSERVE}\n{RELATE}\n{question}"
@@ -272,6 +274,7 @@ class HiPerson:
     def worded(self, sample: Sample, ending: str) -> str:
         """The full question with the ending asked for, or with this one."""
         assert self.template, "bound"
+        ending = brief(self.template) if ending == "short" else ending
         ending = self.ending or ("mcq_letter_parens" if sample.options else ending)
         listed = sample.options if ENDINGS[ending].option else ()
         return worded(sample.question.replace(MARKER, "").strip(), ending, listed, self.template)
@@ -319,9 +322,8 @@ def fuse(maps: list[Float[Array | np.ndarray, "h w"]]) -> Float[Array, "h w"]:
     return sum(map(minmax, maps))
 
 
-def presets(num_layers: int) -> dict[str, dict[str, Any]]:
+def presets(middle: int) -> dict[str, dict[str, Any]]:
     """The named sets of options; what they leave open is `DEFAULT`."""
-    middle = scaled_layer(14, 32, num_layers)
     general = dict(query_rows="last", q_ref=GENERAL_QUESTION)
     return {
         "default": {},

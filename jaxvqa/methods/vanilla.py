@@ -8,6 +8,8 @@ from jaxvqa.methods import Facts, fill
 from jaxvqa.prompts import ENDINGS, render
 from jaxvqa.requests import Answer, Generate, Sample
 
+SHORT = "short"
+
 
 @dataclass(frozen=True)
 class Vanilla:
@@ -17,22 +19,24 @@ class Vanilla:
 
     template: str | None = None
     """Prompt template; None is the model's own."""
-    ending: str = "short"
-    """What follows the question (`prompts.ENDINGS`)."""
+    ending: str | None = None
+    """What follows the question (`prompts.ENDINGS`); None is "short", and nothing ("open") on InstructBLIP, whose
+    template asks for a short answer."""
     max_new_tokens: int = 64
     """Tokens that the answer may have."""
 
     def bind(self, facts: Facts, preset: dict[str, Any]) -> "Vanilla":
-        return fill(fill(self, **preset), template=facts.template)
+        return fill(fill(self, **preset), template=facts.template, ending=SHORT)
 
     def __call__(self, sample: Sample) -> Generator[Any, Any, Answer]:
         assert self.template is not None, "bound"
-        listed = self.ending in ENDINGS and ENDINGS[self.ending].option
+        ending = self.ending or SHORT
+        listed = ending in ENDINGS and ENDINGS[ending].option
         prompt = render(
             self.template,
             sample.question,
             num_images=len(sample.images),
-            ending=self.ending,
+            ending=ending,
             options=sample.options if listed else (),
         )
         reply = yield Generate(sample.images, prompt, max_new_tokens=self.max_new_tokens)

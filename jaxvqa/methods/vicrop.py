@@ -4,6 +4,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -17,6 +18,7 @@ from jaxvqa.regions.windows import RATIOS, Tiles, high_res_split, search
 from jaxvqa.requests import Answer, Generate, Gradient, Read, Reply, Row, Sample
 from jaxvqa.taps import ReadSpec
 from jaxvqa.transforms.gradient import gradient_length, gradient_map, high_pass_mask, pixel_gradient_map
+from jaxvqa.transforms.query_map import query_map
 from jaxvqa.transforms.relative_attention import relative_attention
 from jaxvqa.transforms.resample import lay, overlap
 from jaxvqa.typing import Array, Float
@@ -50,8 +52,8 @@ class Vicrop:
     """Side in pixels of the smallest crop; None is the side of the encoder's input (336 in LLaVA-1.5)."""
     ratios: tuple[float, ...] = RATIOS
     """Crop sides to compare, in units of `base`."""
-    template: str = "vicrop_hf"
-    """Prompt template of the search and of the answer."""
+    template: str | None = None
+    """Prompt template of the search and of the answer; None is "vicrop_hf" for LLaVA, for other models their own."""
     listing: str = "mcq_letter_parens"
     """How a sample's options follow its question in the last prompt (`prompts.ENDINGS`); maps are made without them."""
     max_new_tokens: int = 20
@@ -65,9 +67,14 @@ class Vicrop:
 
     def bind(self, facts: Facts, preset: dict[str, Any]) -> "Vicrop":
         bound = fill(fill(self, **preset), layer=scaled_layer(14, 32, facts.num_layers), base=facts.image_side)
-        bound = fill(bound, tile=round(1024 * facts.image_side / 336))
+        bound = fill(bound, tile=round(1024 * facts.image_side / 336), template=facts.template)
         if not 0 <= bound.layer < facts.num_layers:
             raise UserError(f"vicrop: layer={bound.layer}; {facts.name} has layers 0 to {facts.num_layers - 1}")
+        if bound.maps.startswith("pure_grad") and facts.detail:
+            raise UserError(
+                f"vicrop: maps={bound.maps!r} needs an encoder that sees one square; {facts.name} sees detail: "
+                f"use rel_att or grad_att"
+            )
         return bound
 
     def __call__(self, sample: Sample) -> Generator[Any, Any, Answer]:
@@ -98,7 +105,8 @@ class Vicrop:
         return (yield Generate(images, self.prompt(question, len(images)), max_new_tokens=self.max_new_tokens))
 
     def prompt(self, question: str, num_images: int) -> Prompt:
-        return render(self.template, question, num_images=num_images, ending="short")
+        template = self.template or "vicrop_hf"
+        return render(template, question, num_images=num_images, ending=brief(template))
 
     def split(self, size: tuple[int, int]) -> Tiles:
         """How an image of `size` (W, H) is cut for the maps."""
@@ -149,8 +157,7 @@ def from_pixels(options: Vicrop, views: Views, question: str) -> Maps:
         for text in (question, GENERAL_QUESTION)
     ]
     seen = readings[0].geometries[0]
-    if not isinstance(seen.encoder_size, int):
-        raise UserError("vicrop: pure_grad needs an encoder of square images of one size; use rel_att or grad_att")
+    assert isinstance(seen.encoder_size, int), "bound"
     looked, cell = options.laid_over(seen), seen.encoder_size // seen.grid[0]
     maps = [
         np.asarray(pixel_gradient_map(asked.value, general.value, high_pass_mask(image, looked), cell))
@@ -164,17 +171,29 @@ MAPS = {"rel_att": relative, "grad_att": weighted, "pure_grad": from_pixels}
 
 def attention_on_image(row: Row) -> Float[Array, "h w"]:
     """Attention of the wanted row to the first image, averaged over heads, on the token grid."""
-    return row.on_image(row.readouts.rows[0, 0])
+    return row.on_image(row.readouts.rows[0, 0])  # through queries, of which `Row.on_image` knows where they look
 
 
 def weighted_on_image(row: Row) -> Float[Array, "h w"]:
-    """The same attention times the positive part of its gradient, head by head, then averaged over heads."""
+    """The same attention times the positive part of its gradient, head by head, then averaged over heads.
+
+    Through queries, both attentions that lead to the image are weighted so, and multiplied.
+    """
+    if row.queries is not None:
+        rows = row.readouts.rows[0, :, 0] * jax.nn.relu(row.gradient[0, :, 0])
+        cross = row.readouts.cross[0, 0] * jax.nn.relu(row.cross_gradient[0, 0])
+        return query_map(row.on_queries(rows.mean(0)), cross.mean(0))
     return gradient_map(row.on_image(row.readouts.rows[0]), row.on_image(row.gradient[0]), row.wanted, relu="grad")
 
 
 def length_on_image(row: Row) -> Float[Array, "E E"]:
     """Length of the gradient at each pixel of the first image, as the encoder reads it."""
     return gradient_length(row.gradient[0])
+
+
+def brief(template: str) -> str:
+    """The ending that asks for a short answer; none where the template itself does."""
+    return "open" if template == "instructblip" else "short"
 
 
 def preview_size(size: tuple[int, int], longest: int = 512) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from jaxvqa.requests import Answer, Sample
 from jaxvqa.taps import Plugin
 from jaxvqa.vif import Trained, load, plugin
 
-ASKING = Vanilla(template="vicuna_v1")
+ASKING = Vanilla()
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {"sample": False, "inject_decode": True},
     "released": {"sample": True, "inject_decode": False, "map_norm": "softmax", "text_self_mask": False},
@@ -75,6 +75,10 @@ class Vif:
 
     def bind(self, facts: Facts, preset: dict[str, Any]) -> "Vif":
         bound = fill(fill(self, **preset), **PRESETS[self.preset])
+        if facts.queries:
+            raise UserError(
+                f"vif: its maps are of image tokens that show a cell each; {facts.name} sees an image through queries"
+            )
         if bound.generator is None:
             raise UserError(
                 f"vif needs a generator trained for {facts.name}, and none is given or bundled: train one, and give "
@@ -114,6 +118,6 @@ class Vif:
         reply = yield replace(next(self.like(sample)), plugin=self.plugin, args=seed)
         if not sample.images:
             return Answer(reply.text)
-        view = self.facts.geometry(sample.image.size)
+        view = self.facts.geometry(sample.image.size, len(sample.images))
         grid = view.on_grid(reply.value[0])
         return Answer(reply.text, grid=grid, heatmap=view.to_image(grid, preview_size(sample.image.size)))

@@ -1,9 +1,24 @@
-"""Model families.
+"""Model families, one module each.
 
-A family that answers (of `jaxvqa.VLM`) is a module with a config class (`from_hf`, `grid`, `image_tokens`, `vision`,
-`decoder`) and the functions `specs`, `encode_images`, `embed`, `prefill`, `extend`, `resume`, `flops` and
-`image_flops`; one that matches (of `jaxvqa.Matcher`) has `specs`, `encode_images`, `match`,
-`match_gradient`, `gradcam`, `flops` and `image_flops`.
+A family that answers (of `jaxvqa.VLM`) has a config class and these functions; c is the config, M counts images.
+
+- The config: `from_hf`; `vision`, `decoder`, `image_token_id`; `grid` and `image_tokens` of a nominal square image.
+- Parameters: `specs(c)` declares them.
+- Images, on the host: `SETUPS` (how they can be made ready -> prompt template; the first is the default) and, where the
+  images of a prompt of several are made ready otherwise, `SEVERAL`; `check_processor(c, processor)`;
+  `default_buckets(c, processor)`, sizes to which images are padded, in the family's unit; `process(c, processor, image,
+  buckets, setup)`, an `ImageInput`; `geometry_of(c, processor, size, buckets, setup)`, the same image's `Geometry`
+  before it is made ready. Whatever depends on an image's size becomes arrays here, padded to a bucket, so that a
+  program is compiled per bucket and padding changes nothing.
+- Prompts, on the host: `positions(c, ids, geometries)`, where rotary positions are not 0, 1, 2, ...; `ask(c, tokenizer,
+  text)`, where what the decoder sees of an image depends on the text (InstructBLIP, with `query_flops` and further
+  arguments of `prefill` and `extend`).
+- Programs: `encode_images(params, c, arrays)` -> [M, capacity, W], rows in the order of the image's tokens; `embed`,
+  `prefill`, `extend` and `resume`, those of `common` unless the family differs (DeepStack, the Q-Former).
+- Costs: `flops(c, ...)` of the decoder, `image_flops(c, arrays)` of one padded image.
+
+One that matches (of `jaxvqa.Matcher`) has `specs`, `encode_images`, `match`, `match_gradient`, `gradcam`, `flops` and
+`image_flops`.
 """
 
 import dataclasses

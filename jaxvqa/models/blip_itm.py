@@ -13,11 +13,11 @@ from jax.tree_util import register_dataclass, register_static
 
 from jaxvqa.attention import NEVER, Mask, attend, attention_rows
 from jaxvqa.errors import JaxVQAError
-from jaxvqa.sharding import ACT_BTD, ACT_BTF, ACT_BTNH, BATCH, ArraySpec, constrain, einsum, layout, stack, take
+from jaxvqa.sharding import ACT_BTD, ACT_BTNH, BATCH, ArraySpec, constrain, einsum, layout, stack, take
 from jaxvqa.typing import Array, Float, Int
 from jaxvqa.vision import blip
 from jaxvqa.vision.blip import BlipVision
-from jaxvqa.vision.clip import ACTIVATIONS, ClipConfig, LayerNorm, layer_norm, norm_specs
+from jaxvqa.vision.clip import ACTIVATIONS, ClipConfig, LayerNorm, feed_forward, heads, layer_norm, norm_specs
 
 MATCH = 1
 """The head's class that says that the text matches."""
@@ -162,10 +162,19 @@ class BlipItm:
     text_proj: Linear
 
 
+def attention_specs(width: int, num_heads: int, width_in: int, out_scale: float) -> Attention:
+    """Declare an attention of states of `width` to some of `width_in`; `out_scale` is that of its output."""
+    N, H, vector = num_heads, width // num_heads, ArraySpec((width,), (None,), "zeros")
+    keys, bias = ArraySpec((width_in, N, H), ("embed", "heads", None)), ArraySpec((N, H), ("heads", None), "zeros")
+    out = ArraySpec((N, H, width), ("heads", None, "embed"), scale=out_scale)
+    queries = ArraySpec((width, N, H), ("embed", "heads", None))
+    return Attention(queries, bias, keys, bias, keys, bias, out, vector, norm_specs(width))
+
+
 def specs(c: BlipItmConfig) -> BlipItm:
     """Declare every parameter: shape, logical axes, initialisation."""
     t, D, F, Dv = c.text, c.text.width, c.text.mlp_width, c.vision.width
-    N, H, out_scale = t.num_heads, D // t.num_heads, 0.02 / (3 * t.num_layers) ** 0.5
+    N, out_scale = t.num_heads, 0.02 / (3 * t.num_layers) ** 0.5
 
     def vector(size: int) -> ArraySpec:
         return ArraySpec((size,), (None,), "zeros")
@@ -173,15 +182,9 @@ def specs(c: BlipItmConfig) -> BlipItm:
     def linear(size_in: int, size_out: int) -> Linear:
         return Linear(ArraySpec((size_in, size_out), ("embed", None)), vector(size_out))
 
-    def attention(width_in: int) -> Attention:
-        keys, bias = ArraySpec((width_in, N, H), ("embed", "heads", None)), ArraySpec((N, H), ("heads", None), "zeros")
-        out = ArraySpec((N, H, D), ("heads", None, "embed"), scale=out_scale)
-        queries = ArraySpec((D, N, H), ("embed", "heads", None))
-        return Attention(queries, bias, keys, bias, keys, bias, out, vector(D), norm_specs(D))
-
     layer = TextLayer(
-        attention=attention(D),
-        cross=attention(Dv),
+        attention=attention_specs(D, N, D, out_scale),
+        cross=attention_specs(D, N, Dv, out_scale),
         fc1=ArraySpec((D, F), ("embed", "mlp")),
         fc1_bias=ArraySpec((F,), ("mlp",), "zeros"),
         fc2=ArraySpec((F, D), ("mlp", "embed"), scale=out_scale),
@@ -264,16 +267,22 @@ def run_layer(
     """
     with jax.named_scope("text/layer"):
         w = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, at, keepdims=False), params.text.layers)
-        q, k, v = _project(w.attention, x, x)
+        q, k, v = heads(w.attention, x, x)
         out = attend(q, k, v, mask, scale=q.shape[-1] ** -0.5, backend=backend)
-        x = _close(w.attention, c.text, x, out)
-        q, k, v = _project(w.cross, x, image)
+        x = close(w.attention, x, out, c.text.norm_eps)
+        q, k, v = heads(w.cross, x, image)
         out = attend(q, k, v, None, scale=q.shape[-1] ** -0.5, backend=backend)
         out = out if perturb is None else (out + perturb).astype(out.dtype)
-        x = _close(w.cross, c.text, x, out)
-        h = ACTIVATIONS[c.text.activation](einsum("BTD,DF->BTF", x, w.fc1, out=ACT_BTF) + w.fc1_bias)
-        h = einsum("BTF,FD->BTD", h, w.fc2, out=ACT_BTD) + w.fc2_bias
-        return layer_norm(x + h, w.norm, c.text.norm_eps), (q, k, v)
+        x = close(w.cross, x, out, c.text.norm_eps)
+        x = layer_norm(x + feed_forward(w, x, c.text.activation), w.norm, c.text.norm_eps)
+        return x, (q, k, v)
+
+
+def close(
+    w: Attention, x: Float[Array, "B T D"], out: Float[Array, "B T N H"], norm_eps: float
+) -> Float[Array, "B T D"]:
+    """The heads' outputs projected, added to `x`, and normalised: BERT has its norms after the sums."""
+    return layer_norm(x + einsum("BTNH,NHD->BTD", out, w.o_proj, out=ACT_BTD) + w.o_bias, w.norm, norm_eps)
 
 
 def score(params: BlipItm, first: Float[Array, "*B D"]) -> Float[Array, "*B 2"]:
@@ -381,16 +390,3 @@ def layer_index(c: BlipItmConfig, layer: int) -> int:
     if not -c.text.num_layers <= layer < c.text.num_layers:
         raise JaxVQAError(f"text layer {layer}: the text encoder has {c.text.num_layers} layers")
     return layer % c.text.num_layers
-
-
-def _project(w: Attention, x, source):
-    """Queries of `x`, keys and values of `source`."""
-    q = einsum("BTD,DNH->BTNH", x, w.q_proj, out=ACT_BTNH) + w.q_bias
-    k = einsum("BSD,DNH->BSNH", source, w.k_proj, out=ACT_BTNH) + w.k_bias
-    v = einsum("BSD,DNH->BSNH", source, w.v_proj, out=ACT_BTNH) + w.v_bias
-    return q, k, v
-
-
-def _close(w: Attention, c: BlipTextConfig, x, out):
-    """The heads' output projected, added, and normalised: BERT has its norms after the sums."""
-    return layer_norm(x + einsum("BTNH,NHD->BTD", out, w.o_proj, out=ACT_BTD) + w.o_bias, w.norm, c.norm_eps)

@@ -1,15 +1,46 @@
 """What every family that answers has in common: image features among the words, and the decoder over them."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+from jax.tree_util import register_dataclass
 
 from jaxvqa import decoder
 from jaxvqa.decoder import Cache, right_padded
 from jaxvqa.decoding import Output, forward
-from jaxvqa.sharding import BATCH, constrain
+from jaxvqa.sharding import ACT_BTD, BATCH, ArraySpec, constrain
 from jaxvqa.taps import ReadSpec
 from jaxvqa.typing import Array, Float, Int
+from jaxvqa.vision.clip import LayerNorm, feed_forward, layer_norm, norm_specs
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Projector:
+    """Maps image features to the decoder's width: two linear layers, after a norm where there is one."""
+
+    fc1: Float[Array, "Dv D"]
+    fc1_bias: Float[Array, "D"] | None
+    fc2: Float[Array, "D D"]
+    fc2_bias: Float[Array, "D"] | None
+    norm: LayerNorm | None = None
+
+
+def projector_specs(width_in: int, width: int, *, bias: bool = True, norm: bool = False) -> Projector:
+    """Declare a projector from `width_in` to the decoder's `width`."""
+    into, out = (ArraySpec((size, width), (None, "embed")) for size in (width_in, width))
+    biases = ArraySpec((width,), (None,), "zeros") if bias else None
+    return Projector(into, biases, out, biases, norm_specs(width_in) if norm else None)
+
+
+def project(p: Projector, x: Float[Array, "M P Dv"], activation: str) -> Float[Array, "M P D"]:
+    """Image features in the decoder's space."""
+    x = x if p.norm is None else layer_norm(x, p.norm, _PROJECTOR_EPS)
+    return feed_forward(p, x, activation, ACT_BTD)
+
+
+_PROJECTOR_EPS = 1e-5  # no config says it
 
 
 def place(

@@ -6,7 +6,7 @@ queries stand side by side before it (as ViCrop's two-image prompts have them). 
 token shows a cell: `transforms.query_map` reaches the cells through the Q-Former's cross-attention.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 from jax.tree_util import register_dataclass, register_static
 from PIL import Image
 
-from jaxvqa import decoder, geometry, taps
+from jaxvqa import decoder, geometry
 from jaxvqa.decoder import Cache, Decoder, DecoderConfig
 from jaxvqa.decoding import Output
 from jaxvqa.errors import JaxVQAError, UserError
@@ -75,6 +75,12 @@ class InstructBlipConfig:
         return self.qformer.num_queries
 
     @property
+    def looking(self) -> int:
+        """The cross-attention, counted by itself, that says where queries look: the third of six (ViCrop)."""
+        count = len(self.qformer.cross_layers)
+        return min((2 * count + 3) // 6, count - 1)
+
+    @property
     def image_states(self) -> int:
         """S: states of one image that the Q-Former attends to, the class token's first."""
         return self.grid[0] * self.grid[1] + 1
@@ -89,16 +95,6 @@ class InstructBlip:
     qformer: QFormer
     projector: Linear
     decoder: Decoder
-
-
-@register_dataclass
-@dataclass(frozen=True)
-class Readouts(taps.Readouts):
-    """The decoder's readouts, and those of the Q-Former's cross-attentions; what was not asked for is None."""
-
-    cross: Float[Array, "C B I *N Q S"] | None = None
-    """Attention probabilities, f32, of the queries to the class token and the patches of each image."""
-    cross_values: Float[Array, "C B I S N H"] | None = None
 
 
 def specs(c: InstructBlipConfig) -> InstructBlip:
@@ -239,7 +235,7 @@ def prefill(
     slots: which of the I·Q query tokens of its row's images each token is; -1 for text.
     asked: the texts for the Q-Former (`ask`), one per row; needed with `features`.
     bias, perturb, cross: edits and readouts of the Q-Former's cross-attentions (`qformer.run`), by row and image. What
-        is read comes back in `Output.readouts`, which then is this module's `Readouts`.
+        is read comes back in `Output.readouts`.
     """
     tokens, read = _tokens(params, c, features, asked, bias, perturb, cross, kwargs.get("backend", "auto"))
     out = common.prefill(params, c, ids, lengths, tokens, slots, positions, **kwargs)
@@ -281,8 +277,7 @@ def _tokens(params, c, features, asked, bias, perturb, cross, backend):
 def _with_readouts(out: Output, read: dict[str, Array]) -> Output:
     if not read:
         return out
-    of_decoder = {f.name: getattr(out.readouts, f.name) for f in fields(out.readouts)}
-    return replace(out, readouts=Readouts(**of_decoder, cross=read.get("rows"), cross_values=read.get("values")))
+    return replace(out, readouts=replace(out.readouts, cross=read.get("rows"), cross_values=read.get("values")))
 
 
 def image_flops(c: InstructBlipConfig, arrays: Any = None) -> int:
@@ -292,10 +287,14 @@ def image_flops(c: InstructBlipConfig, arrays: Any = None) -> int:
     return 2 * (T * 3 * v.patch_size**2 * v.width + v.num_layers * block)
 
 
-def query_flops(c: InstructBlipConfig, tokens: int) -> int:
-    """Analytic FLOPs of one image's way through the Q-Former and into the decoder, beside a text of `tokens` ids."""
+def query_flops(c: InstructBlipConfig, tokens: int, start: int = 0) -> int:
+    """Analytic FLOPs of one image's way through the Q-Former and into the decoder, beside a text of `tokens` ids.
+
+    start: the cross-attention from which on they count.
+    """
     projection = 2 * c.image_tokens * c.qformer.width * c.decoder.width
-    return qformer.flops(c.qformer, tokens, c.image_states) + projection
+    rest = replace(c.qformer, num_layers=c.qformer.num_layers - start * c.qformer.every)
+    return qformer.flops(rest, tokens, c.image_states) + projection
 
 
 __all__ = [
@@ -303,7 +302,6 @@ __all__ = [
     "Asked",
     "InstructBlip",
     "InstructBlipConfig",
-    "Readouts",
     "ask",
     "check_processor",
     "default_buckets",

@@ -17,19 +17,15 @@ from jaxvqa import decoder
 from jaxvqa.decoder import Decoder, DecoderConfig
 from jaxvqa.errors import JaxVQAError
 from jaxvqa.geometry import Geometry
-from jaxvqa.models.common import embed, extend, flops, prefill, resume
-from jaxvqa.sharding import ACT_BTD, BATCH, ArraySpec, constrain, einsum, layout
+from jaxvqa.models.common import Projector, embed, extend, flops, prefill, project, projector_specs, resume
+from jaxvqa.sharding import ACT_BTD, BATCH, constrain, layout
 from jaxvqa.typing import Array, Float
 from jaxvqa.vision import clip, intern
-from jaxvqa.vision.clip import LayerNorm
 from jaxvqa.vision.inputs import ImageInput, bucket_of
 from jaxvqa.vision.intern import Intern, InternConfig
 
 SETUPS = {"hf": "internvl"}
 """How images are made ready, and the prompt template of that: as HF's processor does it, in tiles with a thumbnail."""
-
-PROJECTOR_EPS = 1e-5
-"""Of the projector's layer norm; no config says it."""
 
 _CANVASES = (2, 4, 6, 9, 12, 20, 40)
 """Sizes of canvases that the default buckets hold exactly: those of photographs and screens."""
@@ -116,16 +112,6 @@ def _without_dynamic_rope(text: dict[str, Any]) -> dict[str, Any]:
 
 @register_dataclass
 @dataclass(frozen=True)
-class Projector:
-    norm: LayerNorm
-    fc1: Float[Array, "C D"]
-    fc1_bias: Float[Array, "D"]
-    fc2: Float[Array, "D D"]
-    fc2_bias: Float[Array, "D"]
-
-
-@register_dataclass
-@dataclass(frozen=True)
 class InternVL:
     """All parameters."""
 
@@ -136,17 +122,9 @@ class InternVL:
 
 def specs(c: InternVLConfig) -> InternVL:
     """Declare every parameter: shape, logical axes, initialisation."""
-    width_in, D = c.vision.width * c.shuffle**2, c.decoder.width
-    bias = ArraySpec((D,), (None,), "zeros")
     return InternVL(
         vision=intern.specs(c.vision),
-        projector=Projector(
-            norm=clip.norm_specs(width_in),
-            fc1=ArraySpec((width_in, D), (None, "embed")),
-            fc1_bias=bias,
-            fc2=ArraySpec((D, D), (None, "embed")),
-            fc2_bias=bias,
-        ),
+        projector=projector_specs(c.vision.width * c.shuffle**2, c.decoder.width, norm=True),
         decoder=decoder.specs(c.decoder),
     )
 
@@ -227,11 +205,7 @@ def encode_images(
     tiles = jnp.reshape(constrain(pixels, BATCH), (M * t, *tile), out_sharding=layout(BATCH))
     stop = clip.hidden_index(c.vision, c.feature_layer)
     x = intern.encode(params.vision, c.vision, tiles, stop=stop, backend=backend)[:, 1:]
-    p = params.projector
-    x = clip.layer_norm(pixel_shuffle(x, c.vision.grid, c.shuffle), p.norm, PROJECTOR_EPS)
-    x = einsum("BTC,CD->BTD", x, p.fc1, out=ACT_BTD) + p.fc1_bias
-    x = clip.ACTIVATIONS[c.projector_activation](x)
-    x = einsum("BTD,DE->BTE", x, p.fc2, out=ACT_BTD) + p.fc2_bias
+    x = project(params.projector, pixel_shuffle(x, c.vision.grid, c.shuffle), c.projector_activation)
     return jnp.reshape(x, (M, -1, x.shape[-1]), out_sharding=layout(ACT_BTD))
 
 

@@ -15,8 +15,7 @@ from jaxvqa.decoder import Decoder, DecoderConfig
 from jaxvqa.errors import JaxVQAError
 from jaxvqa.geometry import Geometry
 from jaxvqa.images import pad_to_square
-from jaxvqa.models.common import embed, extend, flops, prefill, resume
-from jaxvqa.sharding import ACT_BTD, ArraySpec, einsum
+from jaxvqa.models.common import Projector, embed, extend, flops, prefill, project, projector_specs, resume
 from jaxvqa.typing import Array, Float
 from jaxvqa.vision import clip
 from jaxvqa.vision.clip import Clip, ClipConfig
@@ -83,15 +82,6 @@ class LlavaConfig:
 
 @register_dataclass
 @dataclass(frozen=True)
-class Projector:
-    fc1: Float[Array, "Dv D"]
-    fc1_bias: Float[Array, "D"] | None
-    fc2: Float[Array, "D D"]
-    fc2_bias: Float[Array, "D"] | None
-
-
-@register_dataclass
-@dataclass(frozen=True)
 class Llava:
     """All parameters."""
 
@@ -102,11 +92,10 @@ class Llava:
 
 def specs(c: LlavaConfig) -> Llava:
     """Declare every parameter: shape, logical axes, initialisation."""
-    width_in, D = c.vision.width * len(c.feature_layers), c.decoder.width
-    bias = ArraySpec((D,), (None,), "zeros") if c.projector_bias else None
+    width_in = c.vision.width * len(c.feature_layers)
     return Llava(
         vision=clip.specs(c.vision),
-        projector=Projector(ArraySpec((width_in, D), (None, "embed")), bias, ArraySpec((D, D), (None, "embed")), bias),
+        projector=projector_specs(width_in, c.decoder.width, bias=c.projector_bias),
         decoder=decoder.specs(c.decoder),
     )
 
@@ -159,13 +148,7 @@ def encode_images(
 ) -> Float[Array, "M P D"]:
     """Image tokens in the decoder's space, row-major."""
     x = clip.encode(params.vision, c.vision, pixels, c.feature_layers, backend=backend)
-    if c.select == "default":
-        x = x[:, 1:]
-    p = params.projector
-    x = einsum("BTC,CD->BTD", x, p.fc1, out=ACT_BTD)
-    x = clip.ACTIVATIONS[c.projector_activation](x if p.fc1_bias is None else x + p.fc1_bias)
-    x = einsum("BTD,DE->BTE", x, p.fc2, out=ACT_BTD)
-    return x if p.fc2_bias is None else x + p.fc2_bias
+    return project(params.projector, x if c.select == "full" else x[:, 1:], c.projector_activation)
 
 
 def image_flops(c: LlavaConfig, arrays: Any = None) -> int:

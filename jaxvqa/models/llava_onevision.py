@@ -27,9 +27,8 @@ from jaxvqa.decoder import Decoder, DecoderConfig
 from jaxvqa.errors import JaxVQAError, UserError
 from jaxvqa.geometry import Geometry
 from jaxvqa.images import pad_to_square
-from jaxvqa.models.common import embed, extend, flops, prefill, resume
-from jaxvqa.models.llava import Projector
-from jaxvqa.sharding import ACT_BTD, BATCH, ArraySpec, constrain, einsum, layout
+from jaxvqa.models.common import Projector, embed, extend, flops, prefill, project, projector_specs, resume
+from jaxvqa.sharding import ACT_BTD, BATCH, ArraySpec, constrain, layout
 from jaxvqa.typing import Array, Float, Int
 from jaxvqa.vision import clip, siglip
 from jaxvqa.vision.clip import Clip, ClipConfig
@@ -44,22 +43,6 @@ view and tiles) or "pad" (one view, padded to a square with the mean colour, and
 with the images of a prompt that has several)."""
 
 _SIDES = range(384, 2305, 384)
-
-# HF's defaults of the text models, left out of a config.json when equal, where they are not those of Llama.
-_TEXT_DEFAULTS = {
-    "qwen2": {
-        "vocab_size": 151936,
-        "intermediate_size": 22016,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 32768,
-    },
-    "mistral": {
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-    },
-}
 
 
 @register_static
@@ -96,7 +79,6 @@ class LlavaOnevisionConfig:
         hf = cls.HF_DEFAULTS | {k: v for k, v in hf.items() if v is not None}
         limit = re.fullmatch(r"anyres_max_([1-9]\d*)", hf.get("vision_aspect_ratio", ""))
         text = hf["text_config"]
-        text = _TEXT_DEFAULTS.get(text.get("model_type"), {}) | text
         tied = hf.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)
         is_clip = hf["vision_config"].get("model_type") == "clip_vision_model"
         vision = (ClipConfig if is_clip else SiglipConfig).from_hf(hf["vision_config"])
@@ -161,10 +143,9 @@ class LlavaOnevision:
 def specs(c: LlavaOnevisionConfig) -> LlavaOnevision:
     """Declare every parameter: shape, logical axes, initialisation."""
     width_in, D = c.vision.width * len(c.feature_layers), c.decoder.width
-    bias = ArraySpec((D,), (None,), "zeros") if c.projector_bias else None
     return LlavaOnevision(
         vision=_tower(c).specs(c.vision),
-        projector=Projector(ArraySpec((width_in, D), (None, "embed")), bias, ArraySpec((D, D), (None, "embed")), bias),
+        projector=projector_specs(width_in, D, bias=c.projector_bias),
         newline=ArraySpec((D,), (None,), scale=D**-0.5),
         decoder=decoder.specs(c.decoder),
     )
@@ -395,20 +376,12 @@ def encode_images(
     M, n, E = tiles.pixels.shape[:3]
     pixels = jnp.reshape(constrain(tiles.pixels, BATCH), (M * n, E, E, 3), out_sharding=layout(BATCH))
     x = _tower(c).encode(params.vision, c.vision, pixels, c.feature_layers, backend=backend)
-    x = project(params.projector, c, x if c.select == "full" else x[:, 1:])
+    x = project(params.projector, x if c.select == "full" else x[:, 1:], c.projector_activation)
     x = jnp.reshape(x, (M, -1, c.decoder.width), out_sharding=layout(BATCH))
     newline = jnp.broadcast_to(params.newline, (M, 1, c.decoder.width), out_sharding=layout(ACT_BTD))
     return assemble(
         jnp.concatenate([x, newline], axis=1), constrain(tiles.index, BATCH), constrain(tiles.weights, BATCH)
     )
-
-
-def project(p: Projector, c: LlavaOnevisionConfig, x: Float[Array, "M P C"]) -> Float[Array, "M P D"]:
-    """The connector."""
-    x = einsum("BTC,CD->BTD", x, p.fc1, out=ACT_BTD)
-    x = clip.ACTIVATIONS[c.projector_activation](x if p.fc1_bias is None else x + p.fc1_bias)
-    x = einsum("BTD,DE->BTE", x, p.fc2, out=ACT_BTD)
-    return x if p.fc2_bias is None else x + p.fc2_bias
 
 
 def assemble(
@@ -452,7 +425,6 @@ __all__ = [
     "plan",
     "prefill",
     "process",
-    "project",
     "resume",
     "specs",
 ]

@@ -15,11 +15,11 @@ from jax.tree_util import register_dataclass, register_static
 
 from jaxvqa.attention import NEVER, Mask, attend, attention_rows
 from jaxvqa.errors import JaxVQAError
-from jaxvqa.models.blip_itm import Attention
-from jaxvqa.sharding import ACT_BTD, ACT_BTF, ACT_BTNH, ArraySpec, constrain, einsum, layout, take
+from jaxvqa.models.blip_itm import Attention, attention_specs, close
+from jaxvqa.sharding import ACT_BTD, ArraySpec, constrain, layout, take
 from jaxvqa.taps import ReadSpec
 from jaxvqa.typing import Array, Float, Int
-from jaxvqa.vision.clip import ACTIVATIONS, LayerNorm, layer_norm, norm_specs
+from jaxvqa.vision.clip import ACTIVATIONS, LayerNorm, feed_forward, heads, layer_norm, norm_specs
 
 MAX_LAYERS = 48
 """Of a checkpoint: as many are named in its table."""
@@ -151,17 +151,14 @@ class QFormer:
 
 def specs(c: QFormerConfig) -> QFormer:
     """Declare every parameter: shape, logical axes, initialisation."""
-    D, F, N, H = c.width, c.mlp_width, c.num_heads, c.width // c.num_heads
+    D, F = c.width, c.mlp_width
     out_scale = 0.02 / (3 * c.num_layers) ** 0.5
 
     def vector(size: int) -> ArraySpec:
         return ArraySpec((size,), (None,), "zeros")
 
     def attention(width_in: int) -> Attention:
-        keys, bias = ArraySpec((width_in, N, H), ("embed", "heads", None)), ArraySpec((N, H), ("heads", None), "zeros")
-        out = ArraySpec((N, H, D), ("heads", None, "embed"), scale=out_scale)
-        queries = ArraySpec((D, N, H), ("embed", "heads", None))
-        return Attention(queries, bias, keys, bias, keys, bias, out, vector(D), norm_specs(D))
+        return attention_specs(D, c.num_heads, width_in, out_scale)
 
     mlp = Mlp(
         fc1=ArraySpec((D, F), ("embed", "mlp")),
@@ -230,11 +227,11 @@ def run(
     scale, read = (c.width // c.num_heads) ** -0.5, {name: [] for name in cross.read}
     for i, w in enumerate(params.layers[:stop]):
         with jax.named_scope("qformer/layer"):
-            q, k, v = _project(w.attention, x, x)
-            x = _close(w.attention, c, x, attend(q, k, v, mask, scale=scale, backend=backend))
+            q, k, v = heads(w.attention, x, x)
+            x = close(w.attention, x, attend(q, k, v, mask, scale=scale, backend=backend), c.norm_eps)
             queries, text = x[:, : c.num_queries], x[:, c.num_queries :]
             if w.cross is not None:
-                q, k, v = _project(w.cross, queries, image)
+                q, k, v = heads(w.cross, queries, image)
                 out = attend(q, k, v, None, scale=scale, key_bias=bias, backend=backend)
                 if (number := i // c.every) in cross.layers:
                     if "rows" in read:
@@ -244,7 +241,7 @@ def run(
                         read["values"].append(v)
                     if perturb is not None:
                         out = (out + perturb[cross.layers.index(number)]).astype(out.dtype)
-                queries = _close(w.cross, c, queries, out)
+                queries = close(w.cross, queries, out, c.norm_eps)
             x = jnp.concatenate([_mlp(w.query, c, queries), _mlp(w.text, c, text)], axis=1)
     return x, {name: jnp.stack(found) for name, found in read.items()}
 
@@ -270,19 +267,5 @@ def _check(c: QFormerConfig, cross: ReadSpec, perturb) -> None:
         raise JaxVQAError(f"{len(perturb)} perturbations for {len(cross.layers)} cross-attentions: expected one each")
 
 
-def _project(w: Attention, x, source):
-    """Queries of `x`, keys and values of `source`."""
-    q = einsum("BTD,DNH->BTNH", x, w.q_proj, out=ACT_BTNH) + w.q_bias
-    k = einsum("BSD,DNH->BSNH", source, w.k_proj, out=ACT_BTNH) + w.k_bias
-    v = einsum("BSD,DNH->BSNH", source, w.v_proj, out=ACT_BTNH) + w.v_bias
-    return q, k, v
-
-
-def _close(w: Attention, c: QFormerConfig, x, out):
-    """The heads' output projected, added, and normalised: BERT has its norms after the sums."""
-    return layer_norm(x + einsum("BTNH,NHD->BTD", out, w.o_proj, out=ACT_BTD) + w.o_bias, w.norm, c.norm_eps)
-
-
 def _mlp(w: Mlp, c: QFormerConfig, x):
-    h = ACTIVATIONS[c.activation](einsum("BTD,DF->BTF", x, w.fc1, out=ACT_BTF) + w.fc1_bias)
-    return layer_norm(x + einsum("BTF,FD->BTD", h, w.fc2, out=ACT_BTD) + w.fc2_bias, w.norm, c.norm_eps)
+    return layer_norm(x + feed_forward(w, x, c.activation), w.norm, c.norm_eps)

@@ -44,7 +44,7 @@ class QwenVLConfig:
         if "vision_config" not in hf:
             raise JaxVQAError("config.json of a Qwen-VL model lacks vision_config")
         kind = hf.get("model_type", "qwen2_5_vl")
-        text = _TEXT_DEFAULTS | hf.get("text_config", hf) | {"model_type": f"{kind}_text"}
+        text = hf.get("text_config", hf) | {"model_type": f"{kind}_text"}
         tied = hf.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)
         config = cls(
             vision=QwenVisionConfig.from_hf(hf["vision_config"], kind),
@@ -66,20 +66,6 @@ class QwenVLConfig:
     def image_tokens(self) -> int:
         """Decoder tokens of the nominal square image."""
         return self.grid[0] * self.grid[1]
-
-
-# Values that HF leaves out of a config.json when they equal its defaults.
-_TEXT_DEFAULTS = {
-    "vocab_size": 152064,
-    "hidden_size": 8192,
-    "intermediate_size": 29568,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1000000.0,
-}
 
 
 @register_dataclass

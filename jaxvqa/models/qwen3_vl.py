@@ -21,7 +21,7 @@ from jaxvqa.decoding import Output
 from jaxvqa.errors import JaxVQAError
 from jaxvqa.models import common
 from jaxvqa.models.common import flops, place
-from jaxvqa.models.qwen2_5_vl import check_processor, default_buckets, geometry_of, positions
+from jaxvqa.models.qwen2_5_vl import QwenVLConfig, check_processor, default_buckets, geometry_of, positions
 from jaxvqa.taps import Edit, Plugin, ReadSpec
 from jaxvqa.typing import Array, Float, Int
 from jaxvqa.vision import qwen3
@@ -34,22 +34,17 @@ SETUPS = {"hf": "qwen3_vl"}
 
 @register_static
 @dataclass(frozen=True)
-class Qwen3VLConfig:
+class Qwen3VLConfig(QwenVLConfig):
     """Configuration of a dense Qwen3-VL model."""
 
     vision: Qwen3VisionConfig
-    decoder: DecoderConfig
-    image_token_id: int
-    video_token_id: int
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> "Qwen3VLConfig":
         """Read an HF config.json. Raises `JaxVQAError` with what is missing or not supported."""
         if missing := [key for key in ("text_config", "vision_config") if key not in hf]:
             raise JaxVQAError(f"config.json of a Qwen3-VL model lacks {', '.join(missing)}")
-        text = _TEXT_DEFAULTS | hf["text_config"]
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        text |= {"rope_parameters": {"mrope_section": _SECTIONS} | rope}
+        text = {"model_type": "qwen3_vl_text"} | hf["text_config"]
         tied = hf.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)
         config = cls(
             vision=Qwen3VisionConfig.from_hf(hf["vision_config"]),
@@ -65,34 +60,6 @@ class Qwen3VLConfig:
         if faults:
             raise JaxVQAError(f"config.json: {'; '.join(faults)}")
         return config
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens of the nominal square image."""
-        side = self.vision.side // self.vision.merge_size
-        return side, side
-
-    @property
-    def image_tokens(self) -> int:
-        """Decoder tokens of the nominal square image."""
-        return self.grid[0] * self.grid[1]
-
-
-# Values that HF leaves out of a config.json when they equal its defaults.
-_TEXT_DEFAULTS = {
-    "model_type": "qwen3_vl_text",
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 22016,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "head_dim": 128,
-    "max_position_embeddings": 128000,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 500000.0,
-}
-_SECTIONS = (24, 20, 20)
 
 
 @register_dataclass

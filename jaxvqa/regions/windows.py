@@ -195,7 +195,7 @@ def search(
     alignment: "corrected" places the cells by `geometry`, which it needs, and never chooses padding; "official" lays
         the map over the whole image, wherever the encoder really looked, as the release does.
 
-    The map is padded to one of few shapes, for which programs are compiled.
+    The map is padded to one of few squares, for which programs are compiled.
     Raises UserError for a map that is not finite, an unknown alignment, or a geometry of another image or grid.
     """
     heatmap = np.asarray(heatmap, np.float32)
@@ -214,7 +214,8 @@ def search(
             f"window search: the geometry is of a {geometry.image_size} image on a grid {geometry.grid}, "
             f"the map of a {tuple(image_size)} image on {heatmap.shape}"
         )
-    rows, columns = map(missing, heatmap.shape)
+    side = sum(missing(max(heatmap.shape))) + max(heatmap.shape)
+    rows, columns = ((0, side - size) for size in heatmap.shape)
     windows = plan(geometry, base, ratios)
     windows = replace(
         windows,

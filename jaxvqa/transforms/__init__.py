@@ -14,6 +14,7 @@ from jaxvqa.transforms.gradient import (
 )
 from jaxvqa.transforms.information_flow import information_flow, inject
 from jaxvqa.transforms.normalise import distribution, minmax
+from jaxvqa.transforms.query_map import query_map
 from jaxvqa.transforms.relative_attention import relative_attention
 from jaxvqa.transforms.resample import overlap, resample
 from jaxvqa.transforms.reweight import log_reweight
@@ -38,6 +39,7 @@ __all__ = [
     "minmax",
     "overlap",
     "pixel_gradient_map",
+    "query_map",
     "relative_attention",
     "resample",
     "spatial_entropy",

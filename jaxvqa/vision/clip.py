@@ -37,7 +37,9 @@ class ClipConfig:
             raise JaxVQAError(
                 f"vision hidden_act {hf['hidden_act']!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
             )
-        if hf["image_size"] % hf["patch_size"]:
+        if not isinstance(hf["image_size"], int) or not isinstance(hf["patch_size"], int):
+            raise JaxVQAError(f"image_size {hf['image_size']}, patch_size {hf['patch_size']}: expected a number each")
+        if hf["image_size"] % hf["patch_size"] and kind != "siglip_vision_model":
             raise JaxVQAError(f"image_size {hf['image_size']} is not a multiple of patch_size {hf['patch_size']}")
         return cls(
             image_size=hf["image_size"],
@@ -82,6 +84,18 @@ _BASE = {
 _DEFAULTS = {
     "clip_vision_model": _BASE | {"image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu"},
     "blip_vision_model": _BASE | {"image_size": 384, "patch_size": 16, "hidden_act": "gelu"},
+    "siglip_vision_model": _BASE
+    | {"image_size": 224, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+    "instructblip_vision_model": {
+        "hidden_size": 1408,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 39,
+        "num_attention_heads": 16,
+        "layer_norm_eps": 1e-6,
+        "image_size": 224,
+        "patch_size": 14,
+        "hidden_act": "gelu",
+    },
 }
 
 ACTIVATIONS = {
@@ -198,14 +212,7 @@ def encode(
     x = embed_patches(params.patch_embed, c, pixels)
     first = jnp.broadcast_to(params.class_embed, (len(x), 1, c.width), out_sharding=layout(ACT_BTD))
     x = jnp.concatenate([first, x], axis=1) + constrain(params.position_embed, (None, None))
-    x = layer_norm(x, params.pre_norm, c.norm_eps)
-
-    wanted = [hidden_index(c, f) for f in feature_layers]
-    states, done = {0: x}, 0
-    for stop in sorted(set(wanted)):
-        states[stop] = x = run_blocks(params.layers, c, x, done, stop, backend)
-        done = stop
-    return jnp.concatenate([states[i] for i in wanted], axis=-1)
+    return run_to(params.layers, c, layer_norm(x, params.pre_norm, c.norm_eps), feature_layers, backend)
 
 
 def embed_patches(
@@ -219,6 +226,18 @@ def embed_patches(
     patches = jnp.reshape(pixels, (M, rows, p, cols, p, 3), out_sharding=layout(BATCH))
     x = einsum("MhpwqC,CpqD->MhwD", patches, kernel, out=BATCH)
     return jnp.reshape(x, (M, rows * cols, c.width), out_sharding=layout(ACT_BTD))
+
+
+def run_to(
+    layers: ClipLayer, c: ClipConfig, x: Float[Array, "M P D"], feature_layers: tuple[int, ...], backend: str
+) -> Float[Array, "M P C"]:
+    """The hidden states `feature_layers` of embedded patches, side by side along D, by as few blocks as they need."""
+    wanted = [hidden_index(c, f) for f in feature_layers]
+    states, done = {0: x}, 0
+    for stop in sorted(set(wanted)):
+        states[stop] = x = run_blocks(layers, c, x, done, stop, backend)
+        done = stop
+    return jnp.concatenate([states[i] for i in wanted], axis=-1)
 
 
 def run_blocks(
@@ -236,14 +255,30 @@ def run_blocks(
 
 def _block(w: ClipLayer, c: ClipConfig, x, backend):
     h = layer_norm(x, w.norm1, c.norm_eps)
-    q = einsum("BTD,DNH->BTNH", h, w.q_proj, out=ACT_BTNH) + w.q_bias
-    k = einsum("BTD,DNH->BTNH", h, w.k_proj, out=ACT_BTNH) + w.k_bias
-    v = einsum("BTD,DNH->BTNH", h, w.v_proj, out=ACT_BTNH) + w.v_bias
+    q, k, v = heads(w, h, h)
     out = attend(q, k, v, None, scale=q.shape[-1] ** -0.5, backend=backend)
     x = x + einsum("BTNH,NHD->BTD", out, w.o_proj, out=ACT_BTD) + w.o_bias
-    h = layer_norm(x, w.norm2, c.norm_eps)
-    h = ACTIVATIONS[c.activation](einsum("BTD,DF->BTF", h, w.fc1, out=ACT_BTF) + w.fc1_bias)
-    return x + einsum("BTF,FD->BTD", h, w.fc2, out=ACT_BTD) + w.fc2_bias
+    return x + feed_forward(w, layer_norm(x, w.norm2, c.norm_eps), c.activation)
+
+
+def heads(
+    w: Any, x: Float[Array, "M T D"], source: Float[Array, "M S Dk"]
+) -> tuple[Float[Array, "M T N H"], Float[Array, "M S N H"], Float[Array, "M S N H"]]:
+    """Queries of `x`, keys and values of `source`, by the projections `w` has, and their biases where it has those."""
+    q = einsum("BTD,DNH->BTNH", x, w.q_proj, out=ACT_BTNH)
+    k = einsum("BSD,DNH->BSNH", source, w.k_proj, out=ACT_BTNH)
+    v = einsum("BSD,DNH->BSNH", source, w.v_proj, out=ACT_BTNH)
+    return (q, k, v) if w.q_bias is None else (q + w.q_bias, k + w.k_bias, v + w.v_bias)
+
+
+def feed_forward(
+    w: Any, x: Float[Array, "M T D"], activation: str, inner: tuple[str | None, ...] = ACT_BTF
+) -> Float[Array, "M T E"]:
+    """Two linear layers, with biases where `w` has those, and an activation between them. inner: the layout there."""
+    h = einsum("BTD,DF->BTF", x, w.fc1, out=inner)
+    h = ACTIVATIONS[activation](h if w.fc1_bias is None else h + w.fc1_bias)
+    h = einsum("BTF,FE->BTE", h, w.fc2, out=ACT_BTD)
+    return h if w.fc2_bias is None else h + w.fc2_bias
 
 
 def layer_norm(x: Float[Array, "*B D"], p: LayerNorm, eps: float) -> Float[Array, "*B D"]:

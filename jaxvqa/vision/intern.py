@@ -14,9 +14,9 @@ from jax.tree_util import register_dataclass, register_static
 from jaxvqa.attention import attend
 from jaxvqa.decoder import rms_norm
 from jaxvqa.errors import JaxVQAError
-from jaxvqa.sharding import ACT_BTD, ACT_BTF, ACT_BTNH, ArraySpec, constrain, einsum, layout, stack
+from jaxvqa.sharding import ACT_BTD, ArraySpec, constrain, einsum, layout, stack
 from jaxvqa.typing import Array, Float
-from jaxvqa.vision.clip import ACTIVATIONS, ClipConfig, LayerNorm, embed_patches, layer_norm
+from jaxvqa.vision.clip import ACTIVATIONS, ClipConfig, LayerNorm, embed_patches, feed_forward, heads, layer_norm
 
 QK_EPS = 1e-6
 """Of the norm of queries and keys, whatever the other norms have."""
@@ -208,18 +208,12 @@ def encode(
 
 def _block(w: InternLayer, c: InternConfig, x, backend):
     h = _normalise(x, w.norm1, c)
-    q = einsum("BTD,DNH->BTNH", h, w.q_proj, out=ACT_BTNH)
-    k = einsum("BTD,DNH->BTNH", h, w.k_proj, out=ACT_BTNH)
-    v = einsum("BTD,DNH->BTNH", h, w.v_proj, out=ACT_BTNH)
-    if w.q_bias is not None:
-        q, k, v = q + w.q_bias, k + w.k_bias, v + w.v_bias
+    q, k, v = heads(w, h, h)
     if w.q_norm is not None:
         q, k = _norm_heads(q, w.q_norm), _norm_heads(k, w.k_norm)
     out = attend(q, k, v, None, scale=q.shape[-1] ** -0.5, backend=backend)
     x = x + w.scale1 * (einsum("BTNH,NHD->BTD", out, w.o_proj, out=ACT_BTD) + w.o_bias)
-    h = _normalise(x, w.norm2, c)
-    h = ACTIVATIONS[c.activation](einsum("BTD,DF->BTF", h, w.fc1, out=ACT_BTF) + w.fc1_bias)
-    return x + w.scale2 * (einsum("BTF,FD->BTD", h, w.fc2, out=ACT_BTD) + w.fc2_bias)
+    return x + w.scale2 * feed_forward(w, _normalise(x, w.norm2, c), c.activation)
 
 
 def _normalise(x, w: Norm, c: InternConfig):

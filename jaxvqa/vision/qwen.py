@@ -17,9 +17,9 @@ from jax.tree_util import register_dataclass, register_static
 from jaxvqa.attention import Mask, attend
 from jaxvqa.decoder import rms_norm
 from jaxvqa.errors import JaxVQAError, UserError
-from jaxvqa.sharding import ACT_BTD, ACT_BTF, ACT_BTNH, BATCH, ArraySpec, constrain, einsum, layout, stack
+from jaxvqa.sharding import ACT_BTD, ACT_BTF, BATCH, ArraySpec, constrain, einsum, layout, stack
 from jaxvqa.typing import Array, Float, Int
-from jaxvqa.vision.clip import ACTIVATIONS, LayerNorm, layer_norm, norm_specs
+from jaxvqa.vision.clip import ACTIVATIONS, LayerNorm, feed_forward, heads, layer_norm, norm_specs
 
 BASE_SIDE = 224
 """Side in pixels of the nominal square image: the base window with which ViCrop was published for Qwen2.5-VL."""
@@ -407,29 +407,22 @@ def run_blocks(
 
 def _block(w: QwenBlock, c: QwenVisionConfig, x, rope, mask: Mask, backend: str):
     h = _norm(x, w.norm1)
-    q = rotate(einsum("BTD,DNH->BTNH", h, w.q_proj, out=ACT_BTNH) + w.q_bias, *rope)
-    k = rotate(einsum("BTD,DNH->BTNH", h, w.k_proj, out=ACT_BTNH) + w.k_bias, *rope)
-    v = einsum("BTD,DNH->BTNH", h, w.v_proj, out=ACT_BTNH) + w.v_bias
-    out = attend(q, k, v, mask, scale=c.head_dim**-0.5, backend=backend)
+    q, k, v = heads(w, h, h)
+    out = attend(rotate(q, *rope), rotate(k, *rope), v, mask, scale=c.head_dim**-0.5, backend=backend)
     x = x + einsum("BTNH,NHD->BTD", out, w.o_proj, out=ACT_BTD) + w.o_bias
     h = _norm(x, w.norm2)
     if isinstance(w.mlp, GatedMlp):
         gate = jax.nn.silu(einsum("BTD,DF->BTF", h, w.mlp.gate_proj, out=ACT_BTF) + w.mlp.gate_bias)
         h = gate * (einsum("BTD,DF->BTF", h, w.mlp.up_proj, out=ACT_BTF) + w.mlp.up_bias)
         return x + einsum("BTF,FD->BTD", h, w.mlp.down_proj, out=ACT_BTD) + w.mlp.down_bias
-    return x + _mlp(h, w.mlp, c.activation, ACT_BTF)
+    return x + feed_forward(w.mlp, h, c.activation)
 
 
 def merge(w: Merger, c: QwenVisionConfig, x: Float[Array, "M P D"]) -> Float[Array, "M C W"]:
     """Patches to tokens, in the tower's order."""
     x = _norm(x, w.norm)
     x = jnp.reshape(x, (len(x), -1, c.width * c.merge_size**2), out_sharding=layout(ACT_BTD))
-    return _mlp(x, w.mlp, "gelu", ACT_BTD)
-
-
-def _mlp(x, w: Mlp, activation: str, inner):
-    x = ACTIVATIONS[activation](einsum("BTD,DF->BTF", x, w.fc1, out=inner) + w.fc1_bias)
-    return einsum("BTF,FD->BTD", x, w.fc2, out=ACT_BTD) + w.fc2_bias
+    return feed_forward(w.mlp, x, "gelu", ACT_BTD)
 
 
 def _norm(x, w: RmsNorm | LayerNorm):

@@ -15,10 +15,10 @@ import numpy as np
 from jax.tree_util import register_dataclass, register_static
 
 from jaxvqa.errors import JaxVQAError
-from jaxvqa.sharding import ACT_BTD, BATCH, ArraySpec, constrain, einsum, layout, stack, take
+from jaxvqa.sharding import ACT_BTD, BATCH, ArraySpec, constrain, layout, stack, take
 from jaxvqa.typing import Array, Float, Int
 from jaxvqa.vision import qwen
-from jaxvqa.vision.clip import ACTIVATIONS, LayerNorm, layer_norm, norm_specs
+from jaxvqa.vision.clip import ACTIVATIONS, LayerNorm, feed_forward, layer_norm, norm_specs
 from jaxvqa.vision.qwen import Mlp, Patches, QwenVision, QwenVisionConfig
 
 
@@ -219,9 +219,7 @@ def embed_patches(params: Qwen3Vision, x: PlacedPatches) -> Float[Array, "M P D"
 def merge_deep(w: DeepMerger, c: Qwen3VisionConfig, x: Float[Array, "M P D"]) -> Float[Array, "M C W"]:
     """DeepStack's merger: as `qwen.merge`, but for the norm."""
     x = jnp.reshape(x, (len(x), -1, c.width * c.merge_size**2), out_sharding=layout(ACT_BTD))
-    x = layer_norm(x, w.norm, _NORM_EPS)
-    x = ACTIVATIONS["gelu"](einsum("BTD,DF->BTF", x, w.mlp.fc1, out=ACT_BTD) + w.mlp.fc1_bias)
-    return einsum("BTF,FD->BTD", x, w.mlp.fc2, out=ACT_BTD) + w.mlp.fc2_bias
+    return feed_forward(w.mlp, layer_norm(x, w.norm, _NORM_EPS), "gelu", ACT_BTD)
 
 
 def flops(c: Qwen3VisionConfig, patches: int) -> int:

@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import LAYOUTS, tiny_llava, write_json, write_weights
+from tiny_instructblip import tiny_instructblip
+from tiny_internvl import tiny_internvl
+from tiny_onevision import tiny_onevision
+from tiny_qwen import tiny_qwen
+from tiny_qwen3 import tiny_qwen3
 
-from jaxvqa.convert import ConversionError, load
+from jaxvqa.convert import ConversionError, convert, load
 from jaxvqa.convert.tables import flatten
 from jaxvqa.errors import JaxVQAError
 
@@ -108,12 +113,40 @@ def test_an_unknown_dtype_is_refused(tmp_path):
         load(tiny_llava(tmp_path / "a"), dtype="int8")
 
 
-def test_a_tied_head_is_no_parameter_even_where_it_is_stored(tmp_path):
-    folder = tiny_llava(tmp_path / "a", tied=True)
+TIED = {
+    "llava": (tiny_llava, {}, "language_model.model.embed_tokens", "language_model.lm_head"),
+    "llava-modules": (tiny_llava, {"layout": "v5-modules"}, "model.language_model.embed_tokens", "lm_head"),
+    "llava-original": (tiny_llava, {"layout": "liuhaotian"}, "model.embed_tokens", "lm_head"),
+    "llava_onevision": (tiny_onevision, {}, "language_model.model.embed_tokens", "language_model.lm_head"),
+    "qwen2_5_vl": (tiny_qwen, {}, "model.embed_tokens", "lm_head"),
+    "qwen3_vl": (tiny_qwen3, {}, "model.language_model.embed_tokens", "lm_head"),
+    "internvl": (tiny_internvl, {}, "language_model.model.embed_tokens", "language_model.lm_head"),
+    "internvl-original": (
+        tiny_internvl, {"layout": "original"}, "language_model.model.embed_tokens", "language_model.lm_head"
+    ),
+    "instructblip": (tiny_instructblip, {}, "language_model.model.embed_tokens", "language_model.lm_head"),
+}  # fmt: skip
+"""A folder of each family and layout, and the names of its embedding and its output head."""
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_stored_head_beside_a_tied_config_is_dropped_if_equal_and_used_if_not(tmp_path, name):
+    """As transformers 5 does; what is converted says what it holds."""
+    make, options, embed, head = TIED[name]
+    folder = make(tmp_path / "a", tied=True, **options)
     expected = params_of(folder)
     assert "decoder.lm_head" not in expected
-    edit(folder, lambda t: t.update({"language_model.lm_head.weight": t["language_model.model.embed_tokens.weight"]}))
+    edit(folder, lambda t: t.update({head + ".weight": t[embed + ".weight"]}))
+    assert load(folder)[0].decoder.tied
     assert_same(params_of(folder), expected)
+
+    edit(folder, lambda t: t.update({head + ".weight": t[embed + ".weight"] * 2}))
+    untied = params_of(folder)
+    assert np.array_equal(untied.pop("decoder.lm_head"), 2 * expected["decoder.embed"].T)
+    assert_same(untied, expected)
+    config = load(folder)[0]
+    assert not config.decoder.tied
+    assert load(convert(folder, tmp_path / "b"))[0] == config
 
 
 def test_old_buffers_are_left_unread(tmp_path):
@@ -300,7 +333,7 @@ def test_a_pickled_part_names_the_command_for_the_whole(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "architecture", ["Qwen2_5_VLForConditionalGeneration", "LlavaNextForConditionalGeneration", "LlamaForCausalLM"]
+    "architecture", ["MllamaForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration", "LlamaForCausalLM"]
 )
 def test_an_unsupported_architecture_is_named_with_those_supported(tmp_path, architecture):
     folder = tiny_llava(tmp_path / "a")

@@ -299,14 +299,6 @@ def test_the_outer_key_ties_the_output_head_before_the_inner_one(outer, inner, t
     assert InternVLConfig.from_hf(hf).decoder.tied == tied
 
 
-def test_a_stored_head_beside_a_config_that_ties_it_is_a_fault(tmp_path):
-    folder = tiny_internvl(tmp_path)
-    hf = read_json(folder / "config.json")
-    (folder / "config.json").write_text(json.dumps(hf | dict(tie_word_embeddings=True)))
-    with pytest.raises(ConversionError, match=r"unknown: language_model\.lm_head"):
-        convert.load(folder)
-
-
 def test_another_image_processor_is_refused(config, processor):
     internvl.check_processor(config, processor)
     with pytest.raises(JaxVQAError, match="GotOcr2ImageProcessor, with the tower's tiles of 28x28"):

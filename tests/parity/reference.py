@@ -1,15 +1,24 @@
 """The reference of the parity tests: tiny random models of HF transformers (torch, CPU, f32, eager attention)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from tiny import IMAGE_TOKEN_ID, PAD_TOKEN_ID, VOCABULARY, write_processor, write_tokenizer
+
+from jaxvqa import decoder
 
 IMAGE_SIZE, PATCH_SIZE = 56, 14
 SIZES = ((90, 60), (64, 100), (200, 41), (56, 56), (30, 77))
 """Width and height of the test images, in the order in which the prompts use them."""
+TOLERANCE = 1e-4
+"""Of hidden states and logits of unit size: f32 rounding through a few blocks, with other summation orders."""
+ROWS_TOLERANCE = 1e-5
+"""Of attention probabilities."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +134,58 @@ def prompts(image_tokens: int, lengths: tuple[int, ...], images: tuple[int, ...]
     return ids
 
 
-def pictures(seed: int = 0):
-    """One smooth and noisy RGB image per entry of SIZES, unlike each other."""
+def pictures(seed: int = 0, sizes: Sequence[tuple[int, int]] = SIZES):
+    """One smooth and noisy RGB image per size (W, H), unlike each other."""
     from PIL import Image
 
     rng = np.random.default_rng(seed)
     return [
         Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
-        for size in SIZES
+        for size in sizes
     ]
+
+
+def finished(params: Any, config: Any, hidden: Any) -> tuple[Any, Any]:
+    """Hidden states of all layers [L, B, T, D], the last normalised, as HF returns them; and the logits [B, T, V]."""
+    last = decoder.rms_norm(hidden[-1], params.decoder.norm, config.decoder.norm_eps)
+    return hidden.at[-1].set(last), decoder.finish(params.decoder, config.decoder, hidden[-1])
+
+
+def compare(theirs: Reference, lengths: np.ndarray, at: np.ndarray, hidden, logits, rows) -> dict[str, float]:
+    """Largest absolute difference of hidden states, logits and rows `at` [B, R] of attentions, over valid tokens."""
+    valid, found = np.arange(logits.shape[1]) < np.asarray(lengths)[:, None], {}
+    for i, (a, b) in enumerate(zip(hidden, theirs.hidden, strict=True)):
+        found[f"hidden {i}"] = float(np.abs(a - b)[valid].max())
+    found["logits"] = float(np.abs(logits - theirs.logits)[valid].max())
+    if theirs.attentions is not None:
+        expected = np.take_along_axis(theirs.attentions, at[None, :, None, :, None], axis=3)
+        found["rows"] = float(np.abs(rows - expected).max())
+    return found
+
+
+def assert_parity(found: dict[str, float]) -> None:
+    wrong = {k: d for k, d in found.items() if not d <= (ROWS_TOLERANCE if k in ("rows", "cross") else TOLERANCE)}
+    assert not wrong, f"{wrong} of {found}"
+
+
+def forced(family: Any, params: Any, config: Any, ids: Any, start: Any, cache: Any, count: int) -> tuple[Any, Any]:
+    """Logits [B, count, V] of the tokens of `ids` from `start` [B] on, run on a cache one by one, and all at once."""
+    tokens = jnp.take_along_axis(ids, start[:, None] + jnp.arange(count), axis=1)
+    together = family.extend(params, config, tokens, jnp.full_like(start, count), cache)
+
+    def step(cache, token):
+        out = family.extend(params, config, token[:, None], jnp.ones_like(start), cache)
+        return out.cache, out.logits
+
+    steps = jax.lax.scan(step, cache, tokens.T)[1].swapaxes(0, 1)
+    return steps, decoder.finish(params.decoder, config.decoder, together.hidden)
+
+
+def assert_forced(got: tuple[Any, Any], logits: np.ndarray, lengths: Any, measured: Any, name: str) -> None:
+    """The logits of `forced`, of the last tokens of prompts, against those of HF's one full forward pass."""
+    count = got[0].shape[1]
+    at = np.asarray(lengths)[:, None] - count + np.arange(count)
+    expected = np.take_along_axis(logits, at[:, :, None], axis=1)
+    for how, ours in zip(("step by step", "at once"), got, strict=True):
+        measured(f"{name}, {how}", d := np.abs(np.asarray(ours) - expected).max())
+        assert d <= TOLERANCE

@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from reference import Reference
+from reference import ROWS_TOLERANCE, TOLERANCE, Reference, assert_parity
 from tiny import IMAGE_TOKEN_ID
 from tiny_instructblip import tiny_instructblip
 
-from jaxvqa import decoder
 from jaxvqa.convert import load
 from jaxvqa.models import instructblip, qformer
 from jaxvqa.models.instructblip import Asked, InstructBlipConfig
@@ -43,9 +42,6 @@ QUESTIONS = (
     "",
 )
 FORCED = 32
-TOLERANCE = 1e-4
-"""Of hidden states and logits of unit size: f32 rounding through the towers, with other summation orders."""
-ROWS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 """Relative to the largest gradient."""
 
@@ -169,12 +165,12 @@ def ours(params, config, batch, bias):
         params, config, ids, lengths, features, slots, asked=asked, bias=bias, cross=CROSS,
         taps=Taps(rows=jnp.asarray(ROWS)), spec=SPEC,
     )  # fmt: skip
-    hidden, cross = out.readouts.hidden, out.readouts.cross
-    last = decoder.rms_norm(hidden[-1], params.decoder.norm, config.decoder.norm_eps)
-    return {f"hidden {i}": h for i, h in enumerate(hidden.at[-1].set(last))} | {
+    hidden, logits = reference.finished(params, config, out.readouts.hidden)
+    cross = out.readouts.cross
+    return {f"hidden {i}": h for i, h in enumerate(hidden)} | {
         "projector": tokens.reshape(images, -1, tokens.shape[-1]),
         "cross": jnp.moveaxis(cross.reshape(len(cross), images, *cross.shape[3:]), 0, 1),
-        "logits": decoder.finish(params.decoder, config.decoder, hidden[-1]),
+        "logits": logits,
         "last": out.logits,
         "rows": out.readouts.rows,
     }
@@ -231,11 +227,6 @@ def deviations(case: Case, expected, programs=(ours,), **mutation) -> dict[str, 
     return found
 
 
-def assert_parity(found: dict[str, float]) -> None:
-    wrong = {k: v for k, v in found.items() if not v <= (ROWS_TOLERANCE if k in ("rows", "cross") else TOLERANCE)}
-    assert not wrong, f"{wrong} of {found}"
-
-
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_every_layer_and_the_logits_match_hf(case, side, request, measured):
     """Two images beside one and none, texts of three lengths, above 500 tokens."""
@@ -244,7 +235,7 @@ def test_every_layer_and_the_logits_match_hf(case, side, request, measured):
     found = deviations(case, expected, (by_layer, ours))
     assert found.keys() == expected.keys()
     for name, d in found.items():
-        measured(f"parity {request.node.callspec.id}: {name}", d)
+        measured(f"instructblip {request.node.callspec.id}: {name}", d)
     assert_parity(found)
 
 
@@ -304,26 +295,14 @@ def forced(params, config, batch):
     ids, lengths, pixels, slots, asked = batch
     start, features = lengths - FORCED, encoded(params, config, pixels)
     out = instructblip.prefill(params, config, ids, start, features, slots, asked=asked, capacity=ids.shape[1] + FORCED)
-    tokens = jnp.take_along_axis(ids, start[:, None] + jnp.arange(FORCED), axis=1)
-    together = instructblip.extend(params, config, tokens, jnp.full_like(lengths, FORCED), out.cache)
-
-    def step(cache, token):
-        out = instructblip.extend(params, config, token[:, None], jnp.ones_like(lengths), cache)
-        return out.cache, out.logits
-
-    steps = jax.lax.scan(step, out.cache, tokens.T)[1].swapaxes(0, 1)
-    return steps, decoder.finish(params.decoder, config.decoder, together.hidden)
+    return reference.forced(instructblip, params, config, ids, start, out.cache, FORCED)
 
 
 def test_teacher_forced_tokens_on_a_cache_match_hf(case, request, measured):
     """Prefill and 32 further tokens per row, each row from its own length, against HF's one full forward pass."""
-    at = case.batch[1][:, None] - FORCED + np.arange(FORCED)
-    expected = np.take_along_axis(case.reference.logits, at[:, :, None], axis=1)
+    name = f"instructblip teacher-forced {request.node.callspec.id}"
     got = forced(case.params, case.config, case.batch)
-    for name, logits in zip(("step by step", "at once"), got, strict=True):
-        d = np.abs(np.asarray(logits) - expected).max()
-        measured(f"teacher-forced {request.node.callspec.id}, {name}", d)
-        assert d <= TOLERANCE
+    reference.assert_forced(got, case.reference.logits, LENGTHS, measured, name)
 
 
 def test_the_key_bias_of_cof_matches_hf(case_of, monkeypatch, measured):

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from PIL import Image
+from reference import TOLERANCE, assert_parity
 from tiny_internvl import IMAGE_TOKEN_ID, tiny_internvl
 
-from jaxvqa import convert, decoder
+from jaxvqa import convert
 from jaxvqa.models import internvl
 from jaxvqa.prompts import render
 from jaxvqa.taps import Edit, ReadSpec, Tap, Taps
@@ -38,9 +38,6 @@ LENGTHS = np.array([576, 541, 523], np.int32)
 """Above 500 tokens: near position 0 rotations are the identity, so short prompts hide faults of rotary embeddings."""
 BUCKET = 13
 FORCED = 32
-TOLERANCE = 1e-4
-"""Of hidden states and logits of unit size: f32 rounding through all blocks, with other summation orders."""
-ROWS_TOLERANCE = 1e-5
 ROWS = np.array([[575, 500, 300, 41], [540, 333, 60, 2], [522, 522, 100, 17]], np.int32)
 SPEC = ReadSpec(layers=(0, 1, 2), read=frozenset({"hidden", "rows"}), heads="all")
 
@@ -79,12 +76,6 @@ class Case:
         return out
 
 
-def picture(size, seed=0):
-    """A smooth and noisy RGB image."""
-    rng = np.random.default_rng([seed, *size])
-    return Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
-
-
 def prompts(images):
     """Right-padded random ids [B, T] with each image's tokens between text."""
     rng = np.random.default_rng(0)
@@ -112,7 +103,7 @@ def case_of(tmp_path_factory):
         model = InternVLForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
         config, params, _ = convert.load(folder, dtype="float32")
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-        pictures = [[picture(size) for size in row] for row in SIZES]
+        pictures = [reference.pictures(i, row) for i, row in enumerate(SIZES)]
         images = [[internvl.process(config, processor, p, (BUCKET,)) for p in row] for row in pictures]
         theirs = [
             processor(p, crop_to_patches=True, return_tensors="pt")["pixel_values"] for row in pictures for p in row
@@ -145,33 +136,19 @@ def ours(params, config, ids, features, slots):
     """Hidden states (the last normalised), logits [B, T, V], rows [L, B, N, R, T], logits of the last tokens."""
     taps = Taps(rows=jnp.asarray(ROWS))
     out = internvl.prefill(params, config, ids, jnp.asarray(LENGTHS), features, slots, taps=taps, spec=SPEC)
-    hidden = out.readouts.hidden
-    last = decoder.rms_norm(hidden[-1], params.decoder.norm, config.decoder.norm_eps)
-    logits = decoder.finish(params.decoder, config.decoder, hidden[-1])
-    return hidden.at[-1].set(last), logits, out.readouts.rows, out.logits
+    hidden, logits = reference.finished(params, config, out.readouts.hidden)
+    return hidden, logits, out.readouts.rows, out.logits
 
 
 def deviations(case: Case, theirs: reference.Reference, features) -> dict[str, float]:
     """Largest absolute difference of every checked array, over valid tokens."""
     got = ours(case.params, case.config, case.ids, features, case.slots)
     hidden, logits, rows, last_logits = map(np.asarray, got)
-    valid = np.arange(case.ids.shape[1]) < LENGTHS[:, None]
     tokens = np.concatenate([np.asarray(f)[s[s >= 0]] for f, s in zip(features, case.slots, strict=True)])
     found = {"projector": np.abs(tokens - theirs.features.reshape(tokens.shape)).max()}
-    for i, (a, b) in enumerate(zip(hidden, theirs.hidden, strict=True)):
-        found[f"hidden {i}"] = np.abs(a - b)[valid].max()
-    found["logits"] = np.abs(logits - theirs.logits)[valid].max()
+    found |= reference.compare(theirs, LENGTHS, ROWS, hidden, logits, rows)
     last = np.take_along_axis(theirs.logits, LENGTHS[:, None, None] - 1, axis=1)[:, 0]
-    found["last logits"] = np.abs(last_logits - last).max()
-    if theirs.attentions is not None:
-        expected = np.take_along_axis(theirs.attentions, ROWS[None, :, None, :, None], axis=3)
-        found["rows"] = np.abs(rows - expected).max()
-    return {name: float(d) for name, d in found.items()}
-
-
-def assert_parity(found: dict[str, float]) -> None:
-    wrong = {k: v for k, v in found.items() if not v <= (ROWS_TOLERANCE if k == "rows" else TOLERANCE)}
-    assert not wrong, f"{wrong} of {found}"
+    return found | {"last logits": np.abs(last_logits - last).max()}
 
 
 def test_pixels_match_the_hf_processor(case):
@@ -246,27 +223,15 @@ def forced(params, config, ids, features, slots):
     lengths = jnp.asarray(LENGTHS)
     start = lengths - FORCED
     out = internvl.prefill(params, config, ids, start, features, slots, capacity=ids.shape[1] + FORCED)
-    tokens = jnp.take_along_axis(ids, start[:, None] + jnp.arange(FORCED), axis=1)
-    together = internvl.extend(params, config, tokens, jnp.full_like(lengths, FORCED), out.cache)
-
-    def step(cache, token):
-        out = internvl.extend(params, config, token[:, None], jnp.ones_like(lengths), cache)
-        return out.cache, out.logits
-
-    steps = jax.lax.scan(step, out.cache, tokens.T)[1].swapaxes(0, 1)
-    return steps, decoder.finish(params.decoder, config.decoder, together.hidden)
+    return reference.forced(internvl, params, config, ids, start, out.cache, FORCED)
 
 
 def test_teacher_forced_tokens_on_a_cache_match_hf(case, request, measured):
     """Prefill and further tokens, each row from its own length, against HF's one full forward pass."""
     features = encode(case.params, case.config, case.pixels)
     got = forced(case.params, case.config, case.ids, features, case.slots)
-    at = LENGTHS[:, None] - FORCED + np.arange(FORCED)
-    expected = np.take_along_axis(case.reference.logits, at[:, :, None], axis=1)
-    for name, logits in zip(("step by step", "at once"), got, strict=True):
-        d = np.abs(np.asarray(logits) - expected).max()
-        measured(f"teacher-forced internvl {request.node.callspec.id}, {name}", d)
-        assert d <= TOLERANCE
+    name = f"teacher-forced internvl {request.node.callspec.id}"
+    reference.assert_forced(got, case.reference.logits, LENGTHS, measured, name)
 
 
 @jax.jit
@@ -336,7 +301,7 @@ def test_prompts_have_the_ids_of_hf(case_of, tmp_path, monkeypatch):
         (((28, 28), (200, 41)), [ask]),
         (((60, 90),), [ask, "Yes.", "Is it red?"]),
     ):
-        pictures = [picture(size) for size in sizes]
+        pictures = reference.pictures(sizes=sizes)
         chat = [
             dict(role="assistant" if i % 2 else "user", content=[dict(type="text", text=turn)])
             for i, turn in enumerate(turns)

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import reference
 from PIL import Image
-from reference import Reference
+from reference import TOLERANCE, Reference, assert_parity
 from tiny_onevision import tiny_onevision
 
 import jaxvqa
-from jaxvqa import decoder
 from jaxvqa.models import llava_onevision as family
+from jaxvqa.models.common import project
 from jaxvqa.prompts import render
 from jaxvqa.taps import Edit, ReadSpec, Tap, Taps
 from jaxvqa.transforms.gradient import attention_gradient
@@ -45,17 +45,6 @@ FORCED = 32
 LAYERS = (0, 1, 2)
 ROWS = np.array([[619, 500, 300, 41], [540, 333, 60, 2], [522, 522, 100, 17]], np.int32)
 SPEC = ReadSpec(layers=LAYERS, read=frozenset({"hidden", "rows"}), heads="all")
-TOLERANCE = 1e-4
-"""Of values of unit size: f32 rounding through three blocks, with other summation orders."""
-ROWS_TOLERANCE = 1e-5
-
-
-def pictures():
-    rng = np.random.default_rng(3)
-    return [
-        Image.fromarray(rng.integers(0, 256, (5, 6, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
-        for size in SIZES
-    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +113,7 @@ def case_of(tmp_path_factory):
         is_next = CASES[name].get("is_next", False)
         folder = tiny_onevision(tmp_path_factory.mktemp(name), seed=list(CASES).index(name), **CASES[name])
         vlm = jaxvqa.load(folder, dtype="float32", offline=True, image_setup=setup)
-        pil = pictures()
+        pil = reference.pictures(3, SIZES)
         given = [pil[:2], pil[2:]] if setup == "pad" else pil
         theirs = vlm.image_processor(images=given, return_tensors="np")
         inputs = {key: torch.tensor(np.asarray(theirs[key])) for key in ("pixel_values", "image_sizes")}
@@ -167,10 +156,8 @@ def ours(params, config, ids, slots, tiles):
     B, lengths = len(ids), jnp.asarray(LENGTHS)
     flat = features.reshape(B, -1, features.shape[-1])
     out = family.prefill(params, config, ids, lengths, flat, slots, taps=Taps(rows=jnp.asarray(ROWS)), spec=SPEC)
-    hidden = out.readouts.hidden
-    last = decoder.rms_norm(hidden[-1], params.decoder.norm, config.decoder.norm_eps)
-    logits = decoder.finish(params.decoder, config.decoder, hidden[-1])
-    return hidden.at[-1].set(last), logits, out.readouts.rows, features.reshape(B, -1, *features.shape[1:])
+    hidden, logits = reference.finished(params, config, out.readouts.hidden)
+    return hidden, logits, out.readouts.rows, features.reshape(B, -1, *features.shape[1:])
 
 
 def deviations(case: Case, theirs: Reference, params=None, config=None, tiles=None) -> dict[str, float]:
@@ -183,23 +170,11 @@ def deviations(case: Case, theirs: Reference, params=None, config=None, tiles=No
         case.tiles if tiles is None else tiles,
     )
     hidden, logits, rows, features = map(np.asarray, got)
-    valid = np.arange(case.ids.shape[1]) < np.array(LENGTHS)[:, None]
     real = [features[0, 0], features[0, 1], features[1, 0]]
     packed = np.concatenate([f[: image.tokens] for f, image in zip(real, case.images, strict=True)])
     assert packed.shape == theirs.features.shape
-    found = {"features": np.abs(packed - theirs.features).max()}
-    for i, (a, b) in enumerate(zip(hidden, theirs.hidden, strict=True)):
-        found[f"hidden {i}"] = np.abs(a - b)[valid].max()
-    found["logits"] = np.abs(logits - theirs.logits)[valid].max()
-    if theirs.attentions is not None:
-        expected = np.take_along_axis(theirs.attentions, ROWS[None, :, None, :, None], axis=3)
-        found["rows"] = np.abs(rows - expected).max()
-    return {name: float(d) for name, d in found.items()}
-
-
-def assert_parity(found: dict[str, float]) -> None:
-    wrong = {k: v for k, v in found.items() if not v <= (ROWS_TOLERANCE if k == "rows" else TOLERANCE)}
-    assert not wrong, f"{wrong} of {found}"
+    found = {"features": float(np.abs(packed - theirs.features).max())}
+    return found | reference.compare(theirs, np.array(LENGTHS), ROWS, hidden, logits, rows)
 
 
 def test_pixels_equal_those_of_hf(case):
@@ -228,7 +203,8 @@ def test_every_block_of_the_tower_and_the_connector_match_hf(case_of, name, meas
         f"vision {i}": float(np.abs(a - b.numpy()).max())
         for i, (a, b) in enumerate(zip(np.split(np.asarray(states), len(layers), -1), hidden, strict=True))
     }
-    ours = family.project(params.projector, config, jnp.asarray(torch.cat(chosen, -1).numpy()))
+    given = jnp.asarray(torch.cat(chosen, -1).numpy())
+    ours = project(params.projector, given, config.projector_activation)
     found["connector"] = float(np.abs(np.asarray(ours) - expected).max())
     for what, d in found.items():
         measured(f"onevision {name}: {what}", d)
@@ -273,26 +249,18 @@ def test_a_mutation_breaks_parity(case_of, mutation, measured):
 
 @jax.jit
 def forced(params, config, ids, slots, features):
-    """Logits [B, FORCED, V] of the last FORCED tokens, run on a cache one by one."""
+    """Logits [B, FORCED, V] of the last FORCED tokens, run on a cache one by one, and all at once."""
     start = jnp.asarray(LENGTHS) - FORCED
     features = features.reshape(len(ids), -1, features.shape[-1])
     out = family.prefill(params, config, ids, start, features, slots, capacity=ids.shape[1] + FORCED)
-    tokens = jnp.take_along_axis(ids, start[:, None] + jnp.arange(FORCED), axis=1)
-
-    def step(cache, token):
-        out = family.extend(params, config, token[:, None], jnp.ones_like(start), cache)
-        return out.cache, out.logits
-
-    return jax.lax.scan(step, out.cache, tokens.T)[1].swapaxes(0, 1)
+    return reference.forced(family, params, config, ids, start, out.cache, FORCED)
 
 
 def test_teacher_forced_tokens_on_a_cache_match_hf(case, request, measured):
     features = ours(case.vlm.params, case.vlm.config, case.ids, case.slots, case.tiles)[3]
-    got = np.asarray(forced(case.vlm.params, case.vlm.config, case.ids, case.slots, features))
-    at = np.array(LENGTHS)[:, None] - FORCED + np.arange(FORCED)
-    d = np.abs(got - np.take_along_axis(case.reference.logits, at[:, :, None], axis=1)).max()
-    measured(f"onevision teacher-forced {request.node.callspec.id}", d)
-    assert d <= TOLERANCE
+    got = forced(case.vlm.params, case.vlm.config, case.ids, case.slots, features)
+    name = f"onevision teacher-forced {request.node.callspec.id}"
+    reference.assert_forced(got, case.reference.logits, LENGTHS, measured, name)
 
 
 @jax.jit
@@ -371,7 +339,7 @@ def test_prompts_have_the_ids_of_hfs_chat_template(case_of, count, monkeypatch):
         vlm.image_processor, vlm.tokenizer, None, num_image_tokens=16, vision_feature_select_strategy="full",
         vision_aspect_ratio="anyres_max_2", chat_template=vlm.tokenizer.chat_template,
     )  # fmt: skip
-    images, question = pictures()[:count], "What is the character on the red plate?"
+    images, question = reference.pictures(3, SIZES)[:count], "What is the character on the red plate?"
     messages = [
         dict(role="system", content=[dict(type="text", text="You are a helpful assistant.")]),
         dict(role="user", content=[*[dict(type="image")] * count, dict(type="text", text=question)]),

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from reference import Reference
+from reference import Reference, assert_parity
 from small import side_by_side
 from tiny import VOCABULARY
 
 import jaxvqa
-from jaxvqa import decoder, decoding
+from jaxvqa import decoding
 from jaxvqa.models import llava
 from jaxvqa.taps import ReadSpec, Taps
 
@@ -35,9 +35,6 @@ LENGTHS, IMAGES = (576, 541, 523), (2, 2, 1)
 """Above 500 tokens: near position 0 rotations are the identity, so short prompts hide faults of rotary embeddings."""
 FORCED = 64
 NEW_TOKENS = 24
-TOLERANCE = 1e-4
-"""Of hidden states and logits of unit size: f32 rounding through three blocks, with other summation orders."""
-ROWS_TOLERANCE = 1e-5
 TIE = 1e-3
 """Greedy choices may differ where HF's two best logits are closer than this."""
 
@@ -104,35 +101,21 @@ def ours(params, config, ids, lengths, pixels, *, swap_images=False):
     features = features[:, ::-1] if swap_images else features
     images = side_by_side(features, ids, config.image_token_id)
     out = llava.prefill(params, config, ids, lengths, *images, taps=Taps(rows=jnp.asarray(ROWS)), spec=SPEC)
-    hidden = out.readouts.hidden
-    last = decoder.rms_norm(hidden[-1], params.decoder.norm, config.decoder.norm_eps)
-    logits = decoder.finish(params.decoder, config.decoder, hidden[-1])
-    return hidden.at[-1].set(last), logits, out.readouts.rows, features, out.logits
+    hidden, logits = reference.finished(params, config, out.readouts.hidden)
+    return hidden, logits, out.readouts.rows, features, out.logits
 
 
 def deviations(case: Case, theirs: Reference, config=None, **mutation) -> dict[str, float]:
     """Largest absolute difference of every checked array, over valid tokens."""
     got = ours(case.vlm.params, config or case.vlm.config, case.ids, case.lengths, case.pixels, **mutation)
     hidden, logits, rows, features, last_logits = map(np.asarray, got)
-    valid = np.arange(case.ids.shape[1]) < case.lengths[:, None]
     real = np.arange(max(IMAGES)) < np.array(IMAGES)[:, None]
     found = {}
-    if features[real].shape == theirs.features.shape:
-        found["projector"] = np.abs(features[real] - theirs.features).max()
-    for i, (a, b) in enumerate(zip(hidden, theirs.hidden, strict=True)):
-        found[f"hidden {i}"] = np.abs(a - b)[valid].max()
-    found["logits"] = np.abs(logits - theirs.logits)[valid].max()
+    if features[real].size == theirs.features.size:
+        found["projector"] = np.abs(features[real].ravel() - theirs.features.ravel()).max()
+    found |= reference.compare(theirs, case.lengths, ROWS, hidden, logits, rows)
     last = np.take_along_axis(theirs.logits, case.lengths[:, None, None] - 1, axis=1)[:, 0]
-    found["last logits"] = np.abs(last_logits - last).max()
-    if theirs.attentions is not None:
-        expected = np.take_along_axis(theirs.attentions, ROWS[None, :, None, :, None], axis=3)
-        found["rows"] = np.abs(rows - expected).max()
-    return {name: float(d) for name, d in found.items()}
-
-
-def assert_parity(found: dict[str, float]) -> None:
-    wrong = {k: v for k, v in found.items() if not v <= (ROWS_TOLERANCE if k == "rows" else TOLERANCE)}
-    assert not wrong, f"{wrong} of {found}"
+    return found | {"last logits": np.abs(last_logits - last).max()}
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -172,26 +155,14 @@ def forced(params, config, ids, lengths, features):
     out = llava.prefill(
         params, config, ids, start, *side_by_side(features, ids, config.image_token_id), capacity=ids.shape[1] + FORCED
     )
-    tokens = jnp.take_along_axis(ids, start[:, None] + jnp.arange(FORCED), axis=1)
-    together = llava.extend(params, config, tokens, jnp.full_like(lengths, FORCED), out.cache)
-
-    def step(cache, token):
-        out = llava.extend(params, config, token[:, None], jnp.ones_like(lengths), cache)
-        return out.cache, out.logits
-
-    steps = jax.lax.scan(step, out.cache, tokens.T)[1].swapaxes(0, 1)
-    return steps, decoder.finish(params.decoder, config.decoder, together.hidden)
+    return reference.forced(llava, params, config, ids, start, out.cache, FORCED)
 
 
 def test_teacher_forced_tokens_on_a_cache_match_hf(case, request, measured):
     """Prefill and 64 further tokens per row, each row from its own length, against HF's one full forward pass."""
     got = forced(case.vlm.params, case.vlm.config, case.ids, case.lengths, features_of(case))
-    at = case.lengths[:, None] - FORCED + np.arange(FORCED)
-    expected = np.take_along_axis(case.reference.logits, at[:, :, None], axis=1)
-    for name, logits in zip(("step by step", "at once"), got, strict=True):
-        d = np.abs(np.asarray(logits) - expected).max()
-        measured(f"teacher-forced {request.node.callspec.id}, {name}", d)
-        assert d <= TOLERANCE
+    name = f"teacher-forced {request.node.callspec.id}"
+    reference.assert_forced(got, case.reference.logits, case.lengths, measured, name)
 
 
 def features_of(case):

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from PIL import Image
+from reference import TOLERANCE, Reference, assert_parity
 from tiny_qwen import IMAGE_PAD, VISION_END, VISION_START, WORDS, tiny_qwen
 
-from jaxvqa import decoder
 from jaxvqa.convert import load
 from jaxvqa.models import qwen2_5_vl
 from jaxvqa.prompts import render, tokenise
@@ -37,9 +38,6 @@ BUCKET = 64
 FORCED = 32
 CUT = 60
 """Inside the first image of every row that has one."""
-TOLERANCE = 1e-4
-"""Of hidden states and logits of unit size: f32 rounding through the blocks, with other summation orders."""
-ROWS_TOLERANCE = 1e-5
 ROWS = np.array([[559, 500, 200, 41], [540, 333, 60, 2], [522, 522, 100, 17]], np.int32)
 SPEC = ReadSpec(layers=(0, 1, 2), read=frozenset({"hidden", "rows", "values"}), heads="all")
 
@@ -81,10 +79,7 @@ def case_of(tmp_path_factory):
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         config, params, _ = load(folder, dtype="float32")
         rng = np.random.default_rng(0)
-        images = tuple(
-            Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
-            for size in SIZES
-        )
+        images = tuple(reference.pictures(sizes=SIZES))
         qwen2_5_vl.check_processor(config, processor)
         inputs = tuple(qwen2_5_vl.process(config, processor, image, (BUCKET,)) for image in images)
         left, ids = iter(inputs), np.zeros((len(LENGTHS), max(LENGTHS)), np.int32)
@@ -110,17 +105,9 @@ def case(request, case_of) -> Case:
 
 
 def hf_inputs(case: Case, side: str) -> dict[str, Any]:
-    import torch
-
-    valid = np.arange(case.ids.shape[1]) < np.array(LENGTHS)[:, None]
-    ids = np.where(valid, case.ids, 1).astype(np.int64)
-    if side == "left":
-        ids, valid = (np.stack([np.roll(r, -n) for r, n in zip(x, LENGTHS, strict=True)]) for x in (ids, valid))
+    ids, mask = reference.pad(case.ids.astype(np.int64), np.array(LENGTHS), side)
     made = case.processor(list(case.images), return_tensors="pt")
-    return dict(
-        input_ids=torch.tensor(ids), attention_mask=torch.tensor(valid.astype(np.int64)), **made,
-        mm_token_type_ids=torch.tensor((ids == IMAGE_PAD).astype(np.int64)),
-    )  # fmt: skip
+    return dict(input_ids=ids, attention_mask=mask, mm_token_type_ids=(ids == IMAGE_PAD).long(), **made)
 
 
 def hf_forward(case: Case, side: str) -> dict[str, Any]:
@@ -188,9 +175,7 @@ def prefill(params, c, ids, features, slots, positions, perturb):
         return jax.nn.log_softmax(out.logits).max(axis=-1).sum(), out.readouts
 
     slopes, read = jax.grad(top, has_aux=True)(perturb)
-    last = decoder.rms_norm(read.hidden[-1], params.decoder.norm, c.decoder.norm_eps)
-    logits = decoder.finish(params.decoder, c.decoder, read.hidden[-1])
-    return slopes, (read.hidden.at[-1].set(last), logits, read.rows, read.values)
+    return slopes, (*reference.finished(params, c, read.hidden), read.rows, read.values)
 
 
 def ours(case: Case, patches=None, positions=None, config=None) -> dict[str, Any]:
@@ -210,21 +195,13 @@ def ours(case: Case, patches=None, positions=None, config=None) -> dict[str, Any
 
 def deviations(got: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
     """Largest absolute difference of everything, over valid tokens."""
-    valid = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]
     found = {}
     for i, (a, b) in enumerate(zip(got["blocks"], theirs["blocks"], strict=True)):
-        found[f"vision block {i}"] = max(np.abs(x - y).max() for x, y in zip(a, b, strict=True))
-    found["features"] = max(np.abs(x - y).max() for x, y in zip(got["features"], theirs["features"], strict=True))
-    for i, (a, b) in enumerate(zip(got["hidden"], theirs["hidden"], strict=True)):
-        found[f"hidden {i}"] = np.abs(a - b)[valid].max()
-    found["logits"] = np.abs(got["logits"] - theirs["logits"])[valid].max()
-    expected = np.take_along_axis(theirs["rows"], ROWS[None, :, None, :, None], axis=3)
-    found["rows"] = np.abs(got["rows"] - expected).max()
-    return {name: float(d) for name, d in found.items()}
-
-
-def faults(found: dict[str, float]) -> dict[str, float]:
-    return {k: v for k, v in found.items() if not v <= (ROWS_TOLERANCE if k == "rows" else TOLERANCE)}
+        found[f"vision block {i}"] = float(max(np.abs(x - y).max() for x, y in zip(a, b, strict=True)))
+    apart = [np.abs(x - y).max() for x, y in zip(got["features"], theirs["features"], strict=True)]
+    language = Reference(theirs["hidden"], theirs["logits"], theirs["rows"])
+    own = (got[name] for name in ("hidden", "logits", "rows"))
+    return found | {"features": float(max(apart))} | reference.compare(language, LENGTHS, ROWS, *own)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -232,7 +209,7 @@ def test_every_block_every_layer_and_the_logits_match_hf(case, side, request, me
     found = deviations(ours(case), case.theirs if side == "right" else hf_forward(case, "left"))
     for name, d in found.items():
         measured(f"qwen {request.node.callspec.id}: {name}", d)
-    assert not faults(found), found
+    assert_parity(found)
 
 
 def count_words(case):
@@ -322,25 +299,17 @@ def in_parts(params, c, ids, features, slots, positions):
     )
     rest = (ids[:, CUT:], lengths - FORCED - CUT, out.cache, features, slots[:, CUT:], positions[:, CUT:])
     out = qwen2_5_vl.extend(params, c, *rest)
-    tokens = jnp.take_along_axis(ids, (lengths - FORCED)[:, None] + jnp.arange(FORCED), axis=1)
-
-    def step(cache, token):
-        out = qwen2_5_vl.extend(params, c, token[:, None], jnp.ones_like(lengths), cache)
-        return out.cache, out.logits
-
-    return out.logits, jax.lax.scan(step, out.cache, tokens.T)[1].swapaxes(0, 1)
+    return out.logits, reference.forced(qwen2_5_vl, params, c, ids, lengths - FORCED, out.cache, FORCED)
 
 
 def test_teacher_forced_tokens_on_a_cache_match_hf(case_of, measured):
     """The cut prompt and 32 further tokens per row, each row from its own length, against HF's one full pass."""
     case = case_of("2.5")
     features = by_row(encode(case.params, case.config, case.patches)[1])
-    behind, steps = in_parts(case.params, case.config, case.ids, features, case.slots, case.positions)
-    at = np.array(LENGTHS)[:, None] - FORCED + np.arange(-1, FORCED)
-    expected = np.take_along_axis(case.theirs["logits"], at[:, :, None], axis=1)
-    d = np.abs(np.concatenate([np.asarray(behind)[:, None], steps], axis=1) - expected).max()
-    measured("qwen: teacher-forced logits", d)
-    assert d <= TOLERANCE
+    behind, got = in_parts(case.params, case.config, case.ids, features, case.slots, case.positions)
+    expected = np.stack([row[n - FORCED - 1] for row, n in zip(case.theirs["logits"], LENGTHS, strict=True)])
+    assert np.abs(np.asarray(behind) - expected).max() <= TOLERANCE
+    reference.assert_forced(got, case.theirs["logits"], LENGTHS, measured, "qwen teacher-forced")
 
 
 def test_patches_are_those_of_the_hf_processor_in_the_order_of_hf_windows(case):

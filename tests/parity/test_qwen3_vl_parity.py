@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from reference import assert_parity
 from tiny_qwen import IMAGE_PAD, VISION_END, VISION_START, WORDS
 from tiny_qwen3 import tiny_qwen3
 
-from jaxvqa import decoder
 from jaxvqa.convert import load
 from jaxvqa.models import qwen3_vl
 from jaxvqa.prompts import render, tokenise
@@ -41,9 +41,6 @@ IMAGE_AT = (20, 300)
 SPLIT = 280
 """Where a prompt is cut in two: the second image of the first row lies behind."""
 FORCED = 32
-TOLERANCE = 1e-4
-"""Of states of unit size: f32 rounding through a few blocks, with other summation orders."""
-ROWS_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,11 +194,9 @@ def ours(params, c, ids, lengths, arrays, slots, positions):
     zero = jnp.zeros((len(layers), len(ids), 1, d.num_heads, d.head_dim))
     slopes, out = jax.grad(top, has_aux=True)(zero)
     slopes = attention_gradient(slopes, out.readouts.values)
-    hidden = out.readouts.hidden
-    last = decoder.rms_norm(hidden[-1], params.decoder.norm, d.norm_eps)
+    hidden, logits = reference.finished(params, c, out.readouts.hidden)
     found = {f"block {i}": x for i, x in enumerate(states)} | {"features": features}
-    found |= {f"hidden {i}": x for i, x in enumerate([*hidden[:-1], last])}
-    found |= {"logits": decoder.finish(params.decoder, d, hidden[-1])}
+    found |= {f"hidden {i}": x for i, x in enumerate(hidden)} | {"logits": logits}
     return found | {"rows": out.readouts.rows[:, :, :, 0], "slopes": slopes[:, :, :, 0]}
 
 
@@ -227,11 +222,6 @@ def deviations(
             d = d[valid]
         found[name] = float(np.nanmax(d) / (np.nanmax(np.abs(expected)) if name == "slopes" else 1))
     return found
-
-
-def assert_parity(found: dict[str, float]) -> None:
-    wrong = {k: v for k, v in found.items() if not v <= (ROWS_TOLERANCE if k == "rows" else TOLERANCE)}
-    assert not wrong, f"{wrong} of {found}"
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -293,27 +283,15 @@ def in_parts(params, c, ids, lengths, arrays, slots, positions):
     capacity = ids.shape[1] + FORCED
     out = qwen3_vl.prefill(params, c, ids[:, :SPLIT], cut, features, *first, capacity=capacity)
     out = qwen3_vl.extend(params, c, ids[:, SPLIT:], start - SPLIT, out.cache, features, *rest)
-    tokens = jnp.take_along_axis(ids, start[:, None] + jnp.arange(FORCED), axis=1)
-    together = qwen3_vl.extend(params, c, tokens, jnp.full_like(lengths, FORCED), out.cache)
-
-    def step(cache, token):
-        out = qwen3_vl.extend(params, c, token[:, None], jnp.ones_like(lengths), cache)
-        return out.cache, out.logits
-
-    steps = jax.lax.scan(step, out.cache, tokens.T)[1].swapaxes(0, 1)
-    return steps, decoder.finish(params.decoder, c.decoder, together.hidden)
+    return reference.forced(qwen3_vl, params, c, ids, start, out.cache, FORCED)
 
 
 def test_prompts_in_parts_and_teacher_forced_tokens_match_hf(case, request, measured):
     """Two parts with images, then 32 tokens of text, each row from its own length, against HF's one forward pass."""
     lengths = np.array(LENGTHS, np.int32)
     got = in_parts(case.params, case.config, case.ids, lengths, case.arrays, *case.layout)
-    at = lengths[:, None] - FORCED + np.arange(FORCED)
-    expected = np.take_along_axis(case.reference["logits"], at[:, :, None], axis=1)
-    for name, logits in zip(("step by step", "at once"), got, strict=True):
-        d = np.abs(np.asarray(logits) - expected).max()
-        measured(f"qwen3-vl teacher-forced {request.node.callspec.id}, {name}", d)
-        assert d <= TOLERANCE
+    name = f"qwen3-vl teacher-forced {request.node.callspec.id}"
+    reference.assert_forced(got, case.reference["logits"], lengths, measured, name)
 
 
 def test_positions_and_interpolation_are_those_of_hf(case):

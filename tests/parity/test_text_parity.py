@@ -142,3 +142,19 @@ def test_the_gradient_of_attention_probabilities_matches_torch(measured):
     d = np.abs(ours - expected)[valid].max()
     measured("gradient of probabilities against torch", d)
     assert np.abs(expected).max() > 0.01 and d <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"],
+)
+def test_what_a_config_leaves_out_is_what_hf_takes_and_the_way_back_says_it(kind):
+    from transformers import CONFIG_MAPPING
+
+    sections = {"mrope_section": [16, 24, 24]} if kind.endswith("_vl_text") else {}
+    given = {"model_type": kind, "sliding_window": None, "rope_scaling": sections}
+    theirs = CONFIG_MAPPING[kind]().to_dict() | {"sliding_window": None}
+    theirs["rope_parameters"] |= sections
+    config = DecoderConfig.from_hf(given)
+    assert config == DecoderConfig.from_hf(theirs)
+    assert config == DecoderConfig.from_hf(config.to_hf(kind if sections else None))
