@@ -89,7 +89,7 @@ def test_packed_tokens_stand_where_those_of_a_prompt_stand(script, config, proce
     assert packed["position"][length : length + 2].tolist() == [len(ids), len(ids) + 1]
     assert (packed["segment"][length + 2 :] == 0).all() and (packed["patch"][length:] == -1).all()
     np.testing.assert_allclose(
-        packed["bias"][:length], np.where(patch < 0, 0, np.log(1 if keep is None else keep[patch]))
+        packed["bias"][:length], np.log(np.where(patch < 0, 1, 1 if keep is None else keep[patch]))
     )
 
 

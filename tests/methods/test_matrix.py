@@ -102,7 +102,7 @@ def matcher(tmp_path_factory):
 @pytest.fixture(scope="module", params=FAMILIES)
 def engine(request, tmp_path_factory, matcher):
     vlm = jaxvqa.load(FAMILIES[request.param](tmp_path_factory.mktemp(request.param)), dtype="float32")
-    return Engine({request.param: vlm, "matcher": matcher}, batch_size=2, lengths=(64, 640))
+    return Engine({request.param: vlm, "matcher": matcher}, batch_size=2, lengths=(64, 704))
 
 
 @functools.cache
