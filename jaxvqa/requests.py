@@ -13,11 +13,13 @@ from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
 from PIL import Image
 
+from jaxvqa.attention import CHUNK
 from jaxvqa.errors import UserError
 from jaxvqa.geometry import Geometry
 from jaxvqa.prompts import Prompt
@@ -148,15 +150,26 @@ class Row:
         """
         if self.queries is not None:
             raise UserError("this model sees an image through queries, and no key is a cell: edit Taps.cross_bias")
-        flat, at = cells.reshape(*cells.shape[:-2], -1), self.cells[image]
-        # A sum and a look-up: a mesh that splits the batch would not know how to split a scatter.
-        here = at[:, None] == jnp.arange(self.keys)
-        cell = jnp.where(here, jnp.arange(1, len(at) + 1)[:, None], 0).sum(0) - 1
+        flat, cell = cells.reshape(*cells.shape[:-2], -1), cell_of_keys(self.cells[image], self.keys)
         return jnp.where(cell >= 0, jnp.take(flat, jnp.maximum(cell, 0), axis=-1), 0)
 
     def _check(self, image: int) -> None:
         if not 0 <= image < len(self.cells):
             raise UserError(f"cannot look at image {image} of a request with {len(self.cells)} images")
+
+
+def cell_of_keys(cells: Int[Array, "C"], keys: int) -> Int[Array, "S"]:
+    """Which of an image's cells (their positions, -1 for padding) lies at each of S = `keys` positions; -1 for none."""
+    short = -len(cells) % CHUNK
+    numbers = jnp.arange(1, len(cells) + 1 + short).reshape(-1, CHUNK)
+    parts = jnp.pad(cells, (0, short), constant_values=-1).reshape(-1, CHUNK)
+
+    # Sums over chunks: a mesh that splits the batch would not know how to split a scatter.
+    def part(both):
+        at, number = both
+        return jnp.where(at[:, None] == jnp.arange(keys), number[:, None], 0).sum(0)
+
+    return jax.lax.map(part, (parts, numbers)).sum(0) - 1
 
 
 @dataclass(frozen=True, kw_only=True)

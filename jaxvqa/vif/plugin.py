@@ -13,7 +13,7 @@ from jax.tree_util import register_dataclass
 
 from jaxvqa.decoder import Stream
 from jaxvqa.errors import JaxVQAError
-from jaxvqa.requests import Row
+from jaxvqa.requests import Row, cell_of_keys
 from jaxvqa.sharding import ACT_BTD, BATCH, constrain, layout
 from jaxvqa.taps import Edit, Plugin, Tap
 from jaxvqa.transforms.information_flow import information_flow
@@ -80,7 +80,7 @@ class Flow:
 
 def begin(row: Row, *seed: Int[Array, ""]) -> Flow:
     """The carry of one sample before prefill, for a prompt with all images of `row.cells`; a seed samples z."""
-    here = (row.cells[..., None] == jnp.arange(row.keys)).any((0, 1))
+    here = (jax.vmap(lambda cells: cell_of_keys(cells, row.keys))(row.cells) >= 0).any(0)
     rows = (jnp.arange(row.keys) < row.length) & ~here
     # Grids that vary hold fewer cells than their padding says, and so leave more text.
     size = row.keys - row.cells.size * (row.grid[0] > 1)

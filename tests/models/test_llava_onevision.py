@@ -174,7 +174,7 @@ def test_no_batch_with_text_alone_changes_an_answer(vlm):
 
 def test_images_beyond_the_context_are_refused(vlm):
     with pytest.raises(UserError, match="the context of"):
-        vlm.encode([noise(90, 90)] * 60, "What is it?")
+        vlm.encode([noise(90, 90)] * 200, "What is it?")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1500, 1), (1, 1500), (1000, 8), (2, 3)])

@@ -110,7 +110,7 @@ def test_generator_alone(norm, latent):
     @jax.jit
     def heat(params):
         mean, _ = generator.prior(params, config, vision, text, mask)
-        return generator.render(params.renderer, config, mean, (3, 4))
+        return generator.render(params.renderer, config, mean, jnp.array([[3, 4]] * len(mean)), 12).reshape(-1, 3, 4)
 
     ours = np.asarray(heat(params))
     for row, length in enumerate((7, 4)):
