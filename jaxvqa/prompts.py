@@ -463,7 +463,7 @@ def _joined(tokenizer, prompt: Prompt, image_token_id: int) -> tuple[np.ndarray,
 
 
 def _outside(tokenizer, prompt: Prompt, image_token_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """One placeholder per image, and then the text as it is without them."""
+    """One image token per image, and then the text as it is without them."""
     count = prompt.num_images
     text = prompt.text.removeprefix(MARKER * count)
     if MARKER in text:
