@@ -452,8 +452,7 @@ def answer_loss(
     """
     model, c = trained.model, config.decoder
     features = features.reshape(features.shape[0], -1, features.shape[-1])
-    seen = jnp.take_along_axis(features, jnp.maximum(rows.patch, 0)[..., None], axis=1)
-    hidden = jnp.where(rows.patch[..., None] >= 0, seen, decoder.embed_tokens(model.decoder, rows.ids))
+    hidden = llava.embed(model, config, rows.ids, features, rows.patch)
     stream = Stream(hidden, rows.position, rows.order, rows.segment)
     taps = Taps((Edit(Tap(key_bias=rows.bias[None, :, None]), 0, c.num_layers),), rows=rows.last)
     spec = ReadSpec(layers=(look_layer,), read=frozenset({"rows"}))
