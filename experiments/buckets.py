@@ -1,8 +1,8 @@
 """Image buckets: how many, what padding they cost, and that nothing is compiled once they are warm.
 
 Images of random sizes go through the engine, with the family's default buckets and with as many chosen for these
-images. All prompts are padded to one length, so that a program is one of an image's bucket, or of two images' pair of
-buckets. After the warm-up (every bucket, every pair, every shape of a map) no compilation may follow.
+images. All prompts are padded to one length, so that a program is one of a number of images and the largest one's
+bucket. After the warm-up (every bucket, every pair, every shape of a map) no compilation may follow.
 What is padding is said of the images' feature rows, of their encoding (beside a bucket of their own for every image)
 and of all FLOPs (beside what the samples cost by themselves: prompts and batches are padded, too).
 """
@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain, product
+from itertools import chain, combinations_with_replacement
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from jaxvqa.methods import bind, resolve
 from jaxvqa.models import family_of
 from jaxvqa.regions.windows import search
 from jaxvqa.requests import Answer, Generate, Sample
-from jaxvqa.vision.inputs import bucket_of, buckets_for, size_in_buckets
+from jaxvqa.vision.inputs import bucket_of, buckets_for
 from jaxvqa.vlm import VLM
 
 EXAMPLE = """example:
@@ -54,17 +54,9 @@ def pictures(count: int, shortest: int, longest: int, seed: int) -> list[Image.I
     return [Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for w, h in drawn]
 
 
-def size_of(vlm: VLM, size: tuple[int, int]) -> int:
-    """How large an image of `size` (W, H) is in the unit of the model's buckets."""
-    geometry_of, setup = family_of(vlm.config).geometry_of, vlm.image_setup
-    return size_in_buckets(
-        lambda buckets: geometry_of(vlm.config, vlm.image_processor, size, buckets, setup), vlm.image_buckets[-1]
-    )
-
-
 def chosen(vlm: VLM, images: Sequence[Image.Image], count: int) -> tuple[int, ...]:
     """`count` buckets for these images; the last is the model's largest, as crops may be of any size."""
-    most, needed = vlm.image_buckets[-1], [size_of(vlm, image.size) for image in images]
+    most, needed = vlm.image_buckets[-1], [vlm.size_of(image.size) for image in images]
     if (found := buckets_for(needed, count))[-1] == most:
         return found
     return (*buckets_for(needed, count - 1), most) if count > 1 else (most,)
@@ -98,13 +90,13 @@ def warm_up(engine: Engine, method: Any, images: Sequence[Image.Image]) -> None:
         if len(of_bucket) == len(vlm.image_buckets):
             break
         with suppress(UserError):  # longer and narrower than the model takes
-            of_bucket.setdefault(bucket_of(size_of(vlm, image.size), vlm.image_buckets, "an image"), image)
+            of_bucket.setdefault(bucket_of(vlm.size_of(image.size), vlm.image_buckets, "an image"), image)
     list(engine.run(samples(list(of_bucket.values())), method))
     if method.name != "vicrop":
         return
 
     def both(sample):
-        for pair in product(of_bucket.values(), repeat=2):
+        for pair in combinations_with_replacement(of_bucket.values(), 2):
             yield Generate(pair, method.prompt(QUESTION, 2), max_new_tokens=method.max_new_tokens)
         return Answer("")
 
@@ -118,7 +110,7 @@ def warm_up(engine: Engine, method: Any, images: Sequence[Image.Image]) -> None:
 def measure(vlm: VLM, images: Sequence[Image.Image], method: str) -> dict[str, Any]:
     """Answers a question about every image; what was compiled, and what was padding."""
     made = [vlm.process(image) for image in images]
-    tight = [vlm.process(image, bucket=size_of(vlm, image.size)) for image in images]
+    tight = [vlm.process(image, bucket=vlm.size_of(image.size)) for image in images]
     length = bucket(2 * max(image.capacity for image in made) + TEXT, LENGTHS, "a prompt of two images")
     engine = Engine(vlm, lengths=(min(length, vlm.max_length),))
     bound = bind(resolve(method, max_new_tokens=4), vlm.facts)

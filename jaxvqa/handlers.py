@@ -181,6 +181,16 @@ def split(tree):
     return jax.tree.map(lambda x: constrain(x, ("batch", *(None,) * (x.ndim - 1))), tree)
 
 
+def _with_rows(features: Float[Array, "P D"], rows: int) -> Float[Array, "S D"]:
+    """An image's features with as many rows as those of the largest image of its prompt."""
+    return features if len(features) == rows else _padded(features, rows=rows)
+
+
+@partial(jax.jit, static_argnames=("rows",))
+def _padded(features, *, rows) -> Float[Array, "S D"]:
+    return jnp.pad(features, ((0, rows - len(features)), (0, 0)))
+
+
 @partial(jax.jit, static_argnames=("backend",))
 def _encode(params, config, images: Any, *, backend) -> tuple[Float[Array, "P D"], ...]:
     features = constrain(family_of(config).encode_images(params, config, images, backend=backend), (None, None, None))
@@ -401,18 +411,18 @@ class Prefixes:
         """
         config, names, ids = vlm.config.decoder, tuple(name for name, _ in images), begun.ids
         depth: int = config.num_layers if layers is None else layers
-        key = (self, model, len(ids), begun.capacities, depth)
+        key = (self, model, len(ids), begun.images, begun.rows, depth)
         # Of the last layer only keys and values are computed.
         flops = _prefill_flops(vlm, len(ids), depth - 1)
         flops += 4 * len(ids) * config.width * config.num_kv_heads * config.head_dim
         return (*key, ids.tobytes(), names), Work(key, (begun, names), needs=dict(images), padded_flops=flops)
 
     def launch(self, engine, works, size):
-        _, model, _, _, layers = works[0].key
+        _, model, _, _, room, layers = works[0].key
         (_, vlm), rows = engine.model(model), padded(works, size)
         ids, slots, positions = stacked([(b.ids, b.slots, b.positions) for b, _ in (work.data for work in rows)])
-        features = tuple(tuple(work.got[name] for name in work.data[1]) for work in rows)
         with vlm.on_mesh():
+            features = tuple(tuple(_with_rows(work.got[name], room) for name in work.data[1]) for work in rows)
             kept = _prefix(
                 vlm.params, vlm.config, ids, slots, positions, features, layers=layers, backend=vlm.attention
             )[: len(works)]
@@ -429,13 +439,22 @@ class Begun(NamedTuple):
     ids: np.ndarray
     slots: np.ndarray
     positions: np.ndarray | None
-    capacities: tuple[int, ...]
-    """Rows of the features of each image."""
+    images: int
+    rows: int
+    """Of the features of each image: all have the bucket of the largest, so programs differ by that alone."""
 
-    def part(self, start: int, stop: int, images: int) -> "Begun":
-        """Some of the tokens, which see the first images."""
-        positions = None if self.positions is None else self.positions[start:stop]
-        return Begun(self.ids[start:stop], self.slots[start:stop], positions, self.capacities[:images])
+    @classmethod
+    def of(cls, tokens: Tokens, images: Sequence[ImageInput], positions: np.ndarray | None) -> "Begun":
+        """Tokens that see these images, the prompt's first."""
+        rows = max((image.capacity for image in images), default=0)
+        return cls(tokens.ids, slots_of(tokens, images), positions, len(images), rows)
+
+    def part(self, start: int, stop: int | None = None) -> "Begun":
+        """Some of the tokens."""
+        at, positions = slice(start, stop), self.positions
+        return self._replace(
+            ids=self.ids[at], slots=self.slots[at], positions=None if positions is None else positions[at]
+        )
 
 
 class Key(NamedTuple):
@@ -447,7 +466,8 @@ class Key(NamedTuple):
     """Tokens, padding included."""
     start: int
     """Tokens of the prefix, which the others follow; 0 without one."""
-    images: tuple[int, ...]
+    images: int
+    room: int
     """Rows of the features of each image."""
     grid: tuple[int, int]
     """Token rows and columns of an image (`Row.grid`)."""
@@ -522,7 +542,7 @@ class PromptHandler:
         tokens = vlm.tokenise(request.prompt, [image.tokens for image in inputs])
         length = _bucket_of(engine, vlm, len(tokens.ids), room)
         positions = vlm.positions(tokens, [image.geometry for image in inputs])
-        whole = Begun(tokens.ids, slots_of(tokens, inputs), positions, tuple(image.capacity for image in inputs))
+        whole = Begun.of(tokens, inputs, positions)
         grid = _grid(vlm.config.grid, inputs)
         rows = wanted_rows(which, tokens)
         if not len(rows):
@@ -536,8 +556,9 @@ class PromptHandler:
         needs, prefix = {image.name: IMAGES.work(model, vlm, image.input.arrays) for image in images}, ()
         if start:
             length = start + min(bucket(len(tokens.ids) - start, REST, "the prompt"), vlm.max_length - start)
-            begun = [(name, needs[name]) for name, (at, _) in zip(names, tokens.image_spans, strict=True) if at < start]
-            name, work = PREFIXES.work(model, vlm, whole.part(0, start, len(begun)), layers, begun)
+            seen = sum(at < start for at, _ in tokens.image_spans)
+            begun = Begun.of(tokens, inputs[:seen], positions).part(0, start)
+            name, work = PREFIXES.work(model, vlm, begun, layers, [(name, needs[name]) for name in names[:seen]])
             needs[name], prefix = work, (name,)
         flops = _prefill_flops(vlm, len(tokens.ids), layers)
         padded_flops, heard = _prefill_flops(vlm, length - start, layers, start), 0
@@ -547,7 +568,7 @@ class PromptHandler:
             flops += len(images) * query_flops(len(asked))
             padded_flops += len(images) * query_flops(heard)
         return Work(
-            key=Key(self, model, length, start, whole.capacities, grid, len(rows), heard, static, shapes(args)),
+            key=Key(self, model, length, start, whole.images, whole.rows, grid, len(rows), heard, static, shapes(args)),
             data=Prompted(tokens, whole, inputs, names, prefix, rows, wanted, args, seed, asked, extra),
             text=tokens.text,
             needs=needs,
@@ -561,7 +582,7 @@ class PromptHandler:
         key, works = works[0].key, padded(works, size)
         rows, start = [work.data for work in works], key.start
         width = key.length - start
-        rest = [row.whole.part(start, row.length, len(row.images)) for row in rows]
+        rest = [row.whole.part(start) for row in rows]
         return Batch(
             ids=np.stack([right_pad(part.ids, width) for part in rest]),
             lengths=np.array([len(part.ids) for part in rest], np.int32),
@@ -569,7 +590,9 @@ class PromptHandler:
             positions=None
             if rest[0].positions is None
             else np.stack([right_pad(part.positions, width) for part in rest]),
-            features=tuple(tuple(work.got[name] for name in work.data.features) for work in works),
+            features=tuple(
+                tuple(_with_rows(work.got[name], key.room) for name in work.data.features) for work in works
+            ),
             prefix=tuple(work.got[name] for work in works for name in work.data.prefix),
             cells=np.stack([_cells(row, key.grid[0] * key.grid[1]) for row in rows]),
             grid=key.grid,
@@ -583,8 +606,9 @@ class PromptHandler:
     def prefill(self, engine, works, size, *, capacity=None, spec=ReadSpec(), build=None, reduce=None, plugins=()):
         """Run a batch of prompts, padded to `size` rows; see `_prefill`."""
         _, vlm = engine.model(works[0].key.model)
-        batch, args = self.batch(vlm, works, size), stacked([work.data.args for work in padded(works, size)])
+        args = stacked([work.data.args for work in padded(works, size)])
         with vlm.on_mesh():
+            batch = self.batch(vlm, works, size)
             result = _prefill(
                 vlm.params, vlm.config, batch, plugins, () if reduce else args, args if reduce else (),
                 capacity=capacity, spec=spec, build=build, reduce=reduce, backend=vlm.attention,

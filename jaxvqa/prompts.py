@@ -12,8 +12,9 @@ The template knows which of the two its published results used.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import cycle, pairwise
+from typing import Any
 
 import numpy as np
 
@@ -36,11 +37,14 @@ class Template:
     """How turns become one string.
 
     `system` opens the prompt, `user` each question, `assistant` each answer; a past answer follows `answer_start` and
-    is closed by `answer_end`. `image_open` and `image_close` stand around each image's tokens.
+    is closed by `answer_end`, the one that is asked for follows `answer_open` (an empty thinking block).
+    `image_open` and `image_close` stand around each image's tokens.
     Images without a marker of their own go before the first question, each followed by `image_break`; with
     `images_first` they precede `user` and are followed by one `image_break` in all.
     With `images_outside` their tokens precede even the one that begins a text (BOS).
     `ending_break` is what separates the question from the `short` ending; `ending` is the ending used by default.
+    `conversions` are the question "{}" with an image as chat templates of converted checkpoints put it, which leave out
+    some of what the checkpoints were trained with.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Template:
     user: str = "USER: "
     assistant: str = " ASSISTANT:"
     answer_start: str = " "
+    answer_open: str = ""
     answer_end: str = "</s>"
     image_open: str = ""
     image_close: str = ""
@@ -57,6 +62,7 @@ class Template:
     ending_break: str = "\n"
     joined: bool = False
     images_outside: bool = False
+    conversions: tuple[str, ...] = ()
 
 
 def _chatml(
@@ -89,7 +95,7 @@ _VISION = "<|vision_start|>", "<|vision_end|>", ""
 TEMPLATES = {
     template.name: template
     for template in (
-        Template("vicuna_v1", _SYSTEM.format(who="user") + " "),
+        Template("vicuna_v1", _SYSTEM.format(who="user") + " ", conversions=("USER: <image>\n{} ASSISTANT:",)),
         Template("llava_v1", _SYSTEM.format(who="human") + " "),
         Template(
             "vicrop_hf",
@@ -100,7 +106,13 @@ TEMPLATES = {
             ending_break=" ",
             joined=True,
         ),
-        _chatml("qwen_1_5", _HELPFUL, ending_break="\n"),  # LLaVA-OneVision
+        replace(  # LLaVA-OneVision
+            _chatml("qwen_1_5", _HELPFUL, ending_break="\n"),
+            conversions=(
+                "<|im_start|>user\n<image>\n{}<|im_end|>\n<|im_start|>assistant\n",
+                "<|im_start|>user <image>\n{}<|im_end|><|im_start|>assistant\n",
+            ),
+        ),
         _chatml("qwen2_5_vl", _HELPFUL, *_VISION),
         _chatml("qwen3_vl", "", *_VISION),
         _chatml("internvl", "", "<img>", "</img>"),
@@ -210,7 +222,7 @@ def render(
     Raises UserError for an empty question, an unknown template or ending, counts that do not agree, and a marker in an
     answer or an option.
     """
-    template = _named(template, TEMPLATES, "template") if isinstance(template, str) else template
+    template = as_template(template)
     closing = _named(template.ending if ending is None else ending, ENDINGS, "ending")
     turns = [turns] if isinstance(turns, str) else list(turns)
     if len(turns) % 2 == 0:
@@ -252,7 +264,103 @@ def render(
         else:
             build.user(turn)
         build.text(template.assistant, "template")
+    build.text(template.answer_open, "template")
     return build.prompt()
+
+
+def as_template(template: str | Template) -> Template:
+    """A template, or the one of `TEMPLATES` that has this name. Raises UserError for an unknown name."""
+    return _named(template, TEMPLATES, "template") if isinstance(template, str) else template
+
+
+_TURNS = "⟦1⟧", "⟦2⟧", "⟦3⟧"
+
+
+def from_chat_template(tokenizer: Any, chat_template: str, image_token_id: int, base: Template) -> Template | None:
+    """A checkpoint's own chat template as a `Template`, thinking modes off; None where it shows no images.
+
+    Conversations of known texts are rendered, and cut at these. What turns and images do not show is `base`'s: what
+    stands around an image's tokens, how a text is tokenised, the endings.
+
+    tokenizer: of transformers; it renders.
+    chat_template: in Jinja, a message's content being a list of {"type": "image"} and {"type": "text", "text": ...}.
+    base: the family's template; itself the result where the chat template says the same, or one of its `conversions`.
+    Raises JaxVQAError where the chat template fails, or does not put turns and images together from fixed parts.
+    """
+    import jinja2
+
+    image = tokenizer.convert_ids_to_tokens(image_token_id) or MARKER
+    # The tokenizer writes it by itself.
+    begin = tokenizer.bos_token if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
+
+    def said(turns: int, images: int, ask: bool = True) -> str:
+        contents = [[{"type": "text", "text": text}] for text in _TURNS[:turns]]
+        contents[0] = [*[{"type": "image"}] * images, *contents[0]]
+        messages = [dict(role=r, content=c) for r, c in zip(cycle(("user", "assistant")), contents, strict=False)]
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=chat_template, tokenize=False, add_generation_prompt=ask, enable_thinking=False
+        )
+        # What stands around an image some chat templates leave to the processor.
+        text = text.replace(base.image_open + image + base.image_close, image)
+        return text.removeprefix(begin).replace(image, MARKER)
+
+    try:
+        shown = said(1, 1)
+    except (TypeError, jinja2.UndefinedError):  # a language model's takes the content for a string
+        return None
+    except jinja2.TemplateError as error:
+        raise JaxVQAError(f"the chat template fails: {error}") from error
+    if MARKER not in shown:
+        return None
+    if shown in [text.replace("{}", _TURNS[0]) for text in base.conversions]:
+        return base
+    try:
+        probes = {(turns, images): said(turns, images) for turns in (1, 3) for images in range(3)}
+        closed = said(2, 0, ask=False)
+    except (TypeError, jinja2.TemplateError) as error:
+        raise JaxVQAError(f"the chat template fails: {error}") from error
+    for template in (base, *_cut(base, probes[3, 0], closed, shown)):
+        bare = replace(template, image_open="", image_close="")
+        if all(render(bare, _TURNS[:n], images, ending="open").text == text for (n, images), text in probes.items()):
+            return template
+    raise JaxVQAError(
+        f"the chat template does not put turns and images together from fixed parts: {probes[1, 2]!r}, "
+        f"and without images {probes[3, 0]!r}"
+    )
+
+
+def _cut(base: Template, whole: str, closed: str, shown: str) -> list[Template]:
+    """Templates that may be meant, by what turns look like, a conversation closed by its answer, and an image."""
+    parts = re.split("|".join(_TURNS), whole)
+    if len(parts) != 4:
+        return []
+    head, begun, between, asked = parts
+    assistant = begun[: _alike(begun, asked)]
+    # What repeats is the user's turn, without what closes an answer.
+    repeated = between.removeprefix(closed.partition(_TURNS[1])[2])
+    user = head[len(head) - _alike(head[::-1], repeated[::-1]) :]
+    found = replace(
+        base,
+        name="chat_template",
+        system=head.removesuffix(user),
+        user=user,
+        assistant=assistant,
+        answer_start=begun.removeprefix(assistant),
+        answer_open=asked.removeprefix(assistant),
+        answer_end=between.removesuffix(user),
+        images_first=False,
+        images_outside=False,
+        conversions=(),
+    )
+    before, _, after = shown.partition(_TURNS[0])[0].partition(MARKER)
+    user = head.removeprefix(before)
+    first = replace(found, system=before, user=user, answer_end=between.removesuffix(user), images_first=True)
+    return [replace(found, image_break=after), replace(first, image_break=after.removesuffix(user))]
+
+
+def _alike(a: str, b: str) -> int:
+    """How many characters two strings begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def worded(
@@ -262,7 +370,7 @@ def worded(
 
     Raises UserError for an unknown template or ending, and for options that the ending does not list, or lacks.
     """
-    template = _named(template, TEMPLATES, "template") if isinstance(template, str) else template
+    template = as_template(template)
     before, after = _expand(_named(ending, ENDINGS, "ending"), options, template)
     return before + question + after
 

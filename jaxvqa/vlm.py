@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -26,11 +27,22 @@ from jaxvqa.images import open_image
 from jaxvqa.methods import Facts
 from jaxvqa.models import family_of, fingerprint
 from jaxvqa.models.qformer import Asked
-from jaxvqa.prompts import MARKER, TEMPLATES, ImageSlot, Prompt, Template, Tokens, render, tokenise
+from jaxvqa.prompts import (
+    MARKER,
+    TEMPLATES,
+    ImageSlot,
+    Prompt,
+    Template,
+    Tokens,
+    as_template,
+    from_chat_template,
+    render,
+    tokenise,
+)
 from jaxvqa.sharding import BATCH, constrain
 from jaxvqa.taps import Plugin, ReadSpec, Taps
 from jaxvqa.typing import Array, Int
-from jaxvqa.vision.inputs import ImageInput
+from jaxvqa.vision.inputs import ImageInput, size_in_buckets
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,11 +136,13 @@ def queried(asked: Asked | None, taps: Taps, spec: ReadSpec, read: frozenset[str
 
 
 def slots_of(tokens: Tokens, images: Sequence[ImageInput]) -> Int[np.ndarray, "T"]:
-    """Which row of the images' features, side by side, each token of a prompt is; -1 for text."""
-    slots, first = np.full(len(tokens.ids), -1, np.int32), 0
-    for (at, count), image in zip(tokens.image_spans, images, strict=True):
-        slots[at : at + count] = first + np.arange(count)
-        first += image.capacity if image.stride is None else image.stride
+    """Which row of the images' features, side by side, each token of a prompt is; -1 for text.
+
+    images: the prompt's first; their features all have as many rows as those of the largest.
+    """
+    slots, rows = np.full(len(tokens.ids), -1, np.int32), max((image.capacity for image in images), default=0)
+    for number, ((at, count), image) in enumerate(zip(tokens.image_spans, images, strict=False)):
+        slots[at : at + count] = number * (rows if image.stride is None else image.stride) + np.arange(count)
     return slots
 
 
@@ -140,6 +154,7 @@ class VLM(nnx.Module):
     image_buckets: sizes to which images are padded, ascending, in the family's unit (None: its `default_buckets`).
     attention: name of an attention backend (`jaxvqa.attention`).
     qformer_tokenizer: of a model with a Q-Former, which reads the prompt, too.
+    template: the prompt template that the model was trained with, or its name (None: that of `image_setup`).
     """
 
     def __init__(
@@ -156,6 +171,7 @@ class VLM(nnx.Module):
         eos_ids: tuple[int, ...] = (),
         mesh: Mesh | None = None,
         qformer_tokenizer: Any = None,
+        template: str | Template | None = None,
     ):
         family = family_of(config)
         image_setup = next(iter(family.SETUPS)) if image_setup is None else image_setup
@@ -169,6 +185,7 @@ class VLM(nnx.Module):
         self.tokenizer, self.image_processor, self.qformer_tokenizer = tokenizer, image_processor, qformer_tokenizer
         self.name, self.image_setup, self.attention, self.mesh = name, image_setup, attention, mesh
         self.eos_ids = eos_ids or (tokenizer.eos_token_id,)
+        self.template = as_template(template or family.SETUPS[image_setup])
         family.check_processor(config, image_processor)
         self.image_buckets = image_buckets or family.default_buckets(config, image_processor)
         if any(a >= b for a, b in pairwise((0, *self.image_buckets))):
@@ -177,27 +194,22 @@ class VLM(nnx.Module):
     @property
     def facts(self) -> Facts:
         """What methods may know of this model."""
-        config, place = self.config, _Place(self)
-        side = config.vision.image_size
-        detail = place((side, side)).mode in ("tiles", "native")
-        template, said = family_of(config).SETUPS[self.image_setup], fingerprint(config)
+        config, family, processor = self.config, family_of(self.config), self.image_processor
+        side, buckets = config.vision.image_size, family.default_buckets(config, processor)
+        view = family.geometry_of(config, processor, (side, side), buckets, self.image_setup)
+        template, said = self.template, fingerprint(config)
         return Facts(
             self.name,
             config.decoder.num_layers,
             side,
             config.grid,
-            template,
-            place,
-            detail,
+            template.name if template in TEMPLATES.values() else template,
+            _Place(self),
+            view.mode in ("tiles", "native"),
             said,
-            family=family_of(config).__name__.rpartition(".")[2],
-            queries=hasattr(family_of(config), "ask"),
+            family=family.__name__.rpartition(".")[2],
+            queries=hasattr(family, "ask"),
         )
-
-    @property
-    def template(self) -> Template:
-        """The prompt template that the model was trained with."""
-        return TEMPLATES[family_of(self.config).SETUPS[self.image_setup]]
 
     @property
     def max_length(self) -> int:
@@ -207,8 +219,8 @@ class VLM(nnx.Module):
     def reply_ids(self, text: str) -> list[int]:
         """Tokens of `text` as a reply (with the space that the template puts before it), and the end of text."""
         encode, template = functools.partial(self.tokenizer.encode, add_special_tokens=False), self.template
-        asked = template.assistant.lstrip()
-        before, whole = encode(asked), encode(f"{asked}{template.answer_start}{text}")
+        asked = template.assistant.lstrip() + template.answer_open
+        before, whole = encode(asked), encode(f"{asked}{'' if template.answer_open else template.answer_start}{text}")
         ids = whole[len(before) :] if whole[: len(before)] == before else encode(text)
         return [*ids, self.eos_ids[0]]
 
@@ -220,6 +232,17 @@ class VLM(nnx.Module):
         """
         buckets, setup = self.image_buckets if bucket is None else (bucket,), setup or self.image_setup
         return family_of(self.config).process(self.config, self.image_processor, image, buckets, setup)
+
+    def size_of(self, size: tuple[int, int], num_images: int = 1) -> int:
+        """How large an image of `size` (W, H) is in the unit of `image_buckets`, in a prompt of so many images.
+
+        `vision.inputs.buckets_for` chooses buckets for such sizes. Raises UserError where no bucket holds the image.
+        """
+        family, setup = family_of(self.config), self.setup_of(num_images)
+        return size_in_buckets(
+            lambda buckets: family.geometry_of(self.config, self.image_processor, size, buckets, setup),
+            self.image_buckets[-1],
+        )
 
     def setup_of(self, num_images: int) -> str:
         """How the images of a prompt are made ready: some families see several at once otherwise than one alone."""
@@ -391,6 +414,7 @@ def load(
     attention: str = "auto",
     image_setup: str | None = None,
     image_buckets: tuple[int, ...] | None = None,
+    template: str | Template | None = None,
     **kwargs: Any,
 ) -> VLM:
     """Load a model: a Hugging Face folder or hub id, a folder written by `jaxvqa convert`, or an adapter folder.
@@ -398,6 +422,8 @@ def load(
     dtype: "bfloat16", "float16" or "float32" (default: float32 on CPU, bfloat16 elsewhere).
     mesh: a mesh of `jaxvqa.sharding.make_mesh`; each process then reads its own shards only.
     attention, image_setup, image_buckets: as in `VLM`.
+    template: as in `VLM`; None is the checkpoint's own chat template, and for LLaVA-1.5, InstructBLIP and checkpoints
+        whose chat template shows no images that of `image_setup`.
     Further arguments go to `jaxvqa.convert.load` (`vision_tower`, `base`).
     Raises `JaxVQAError` for a source that is missing, incomplete, of another architecture, or not safetensors.
     """
@@ -421,7 +447,7 @@ def load(
         if not (folder / "qformer_tokenizer").is_dir():
             raise JaxVQAError(f"{source}: no folder qformer_tokenizer, the tokenizer of what its Q-Former reads")
         second = AutoTokenizer.from_pretrained(folder / "qformer_tokenizer", local_files_only=True)
-    return VLM(
+    vlm = VLM(
         config,
         params,
         tokenizer,
@@ -433,7 +459,43 @@ def load(
         eos_ids=_eos_ids(folder, tokenizer),
         mesh=mesh,
         qformer_tokenizer=second,
+        template=template,
     )
+    if template is None and family_of(config).__name__.rpartition(".")[2] not in AS_PUBLISHED:
+        vlm.template = _own_template(vlm, folder)
+    return vlm
+
+
+AS_PUBLISHED = ("llava", "instructblip")
+"""Families whose published results were made with templates other than the chat templates of their checkpoints."""
+
+
+def _own_template(vlm: VLM, folder: Path) -> Template:
+    """What the checkpoint's chat template says; the family's template where it has none, or none that shows images."""
+    chat = _chat_template(folder, vlm.tokenizer)
+    if not chat:
+        return vlm.template
+    try:
+        own = from_chat_template(vlm.tokenizer, chat, vlm.config.image_token_id, vlm.template)
+    except JaxVQAError as error:
+        raise JaxVQAError(
+            f"{folder}: {error}; give load template= (--chat-template): one of {', '.join(TEMPLATES)}, or a "
+            f"jaxvqa.prompts.Template"
+        ) from error
+    if own is None:
+        warnings.warn(
+            f"{vlm.name}: its chat template shows no images; it is asked in the template {vlm.template.name!r}",
+            stacklevel=3,
+        )
+    return own or vlm.template
+
+
+def _chat_template(folder: Path, tokenizer: Any) -> str | None:
+    """The processor's, where older folders have one of its own, else the tokenizer's."""
+    files = (folder / "processor_config.json", folder / "chat_template.json")
+    found = [json.loads(file.read_text()).get("chat_template") for file in files if file.exists()]
+    said = next(filter(None, found), tokenizer.chat_template)
+    return said.get("default") if isinstance(said, dict) else said
 
 
 def _eos_ids(folder: Path, tokenizer) -> tuple[int, ...]:

@@ -5,16 +5,19 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from tiny_internvl import tiny_internvl
 from tiny_qwen import tiny_qwen
 
 import jaxvqa
+from jaxvqa.engine import Engine
 from jaxvqa.errors import UserError
-from jaxvqa.models import family_of
-from jaxvqa.vision.inputs import bucket_of, buckets_for, size_in_buckets
+from jaxvqa.requests import Answer, Sample, Score
+from jaxvqa.vision.inputs import bucket_of, buckets_for
 
 
 def padded(sizes, buckets) -> int:
@@ -61,16 +64,38 @@ def folder(request, tmp_path_factory):
 
 def test_an_image_is_as_large_as_the_smallest_bucket_that_holds_it(folder):
     vlm = jaxvqa.load(folder, dtype="float32")
-    family, most = family_of(vlm.config), vlm.image_buckets[-1]
     for size in [(300, 200), (28, 28), (640, 90)]:
-        geometry_of = partial(family.geometry_of, vlm.config, vlm.image_processor, size)
-        found = size_in_buckets(geometry_of, most)
-        geometry_of((found,))
+        found, image = vlm.size_of(size), Image.new("RGB", size)
+        assert vlm.process(image, bucket=found).geometry.image_size == size
         if found > 1:
             with pytest.raises(UserError):
-                geometry_of((found - 1,))
+                vlm.process(image, bucket=found - 1)
+    small = jaxvqa.load(folder, dtype="float32", image_buckets=(1,))
     with pytest.raises(UserError, match="largest bucket"):
-        size_in_buckets(partial(family.geometry_of, vlm.config, vlm.image_processor, (640, 90)), 1)
+        small.size_of((640, 90))
+
+
+def test_two_images_of_different_buckets_run_as_the_larger_one_would(folder, script):
+    images = [Image.effect_noise(size, 50).convert("RGB") for size in [(28, 28), (600, 560)]]
+    vlm = jaxvqa.load(folder, dtype="float32")
+    small, large = map(vlm.size_of, ((28, 28), (600, 560)))
+    assert small < large
+
+    def score(sample):
+        return Answer("", scores=(yield Score(sample.images, sample.question, options=("red", "a lamp"))))
+
+    def scores(buckets):
+        engine = Engine(jaxvqa.load(folder, dtype="float32", image_buckets=buckets), lengths=(256,))
+        (first,) = engine.run([Sample(tuple(images), "What differs?")], score)
+        with script.compilations() as heard:
+            (turned,) = engine.run([Sample(tuple(reversed(images)), "What differs?")], score)
+        assert not heard
+        assert first.error is None and turned.error is None, (first.error, turned.error)
+        return np.stack([first.scores, turned.scores])
+
+    found = scores((small, large))
+    np.testing.assert_allclose(found, scores((large,)), atol=1e-5)
+    assert np.abs(found[0] - found[1]).max() > 1e-3
 
 
 @pytest.mark.slow

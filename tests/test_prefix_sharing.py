@@ -313,5 +313,5 @@ def test_of_a_prefixs_last_layer_only_keys_and_values_are_computed(vlm):
     keys_and_values = 2 * 64 * d.width * 2 * d.num_kv_heads * d.head_dim
     assert keys_and_values < flops(1) < 1.3 * keys_and_values < 0.3 * one_layer
     engine = Engine(vlm, lengths=CUTS)
-    _, work = PREFIXES.work("tiny", engine.default, handlers.Begun(ids[0], -ids[0], None, ()), 2, ())
+    _, work = PREFIXES.work("tiny", engine.default, handlers.Begun(ids[0], -ids[0], None, 0, 0), 2, ())
     assert work.padded_flops == one_layer + keys_and_values and work.flops == 0

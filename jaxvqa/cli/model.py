@@ -33,6 +33,12 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         help="how images are made ready. pad: to a square, as the original LLaVA-1.5; hf: as transformers does. "
         "Default: pad for LLaVA-1.5, hf for others",
     )
+    group.add_argument(
+        "--chat-template",
+        metavar="NAME",
+        help="how questions are put, a name in jaxvqa.prompts.TEMPLATES; default: the checkpoint's own chat template "
+        "(LLaVA-1.5, InstructBLIP: the papers')",
+    )
 
 
 def load_model(args: argparse.Namespace) -> "VLM":
@@ -46,4 +52,5 @@ def load_model(args: argparse.Namespace) -> "VLM":
         dtype=args.dtype,
         attention=args.attention,
         image_setup=args.image_setup,
+        template=args.chat_template,
     )

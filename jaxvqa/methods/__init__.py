@@ -17,6 +17,7 @@ from jaxvqa.errors import UserError
 
 if TYPE_CHECKING:
     from jaxvqa.geometry import Geometry
+    from jaxvqa.prompts import Template
 
 GROUP = "jaxvqa.methods"
 
@@ -68,6 +69,9 @@ FAMILY_PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     # Images at about their own size: the largest regions, 5 cells of 4 x 4 tokens, are 1 to 2 times 448 pixels wide.
     ("focus", "qwen2_5_vl"): {"blur": 2.0, "pool": 4},
     ("focus", "qwen3_vl"): {"blur": 2.0, "pool": 4},
+    ("cof", "qwen2_5_vl"): {"units": "encoder"},
+    ("cof", "qwen3_vl"): {"units": "thousandths"},
+    ("cof", "internvl"): {"units": "thousandths"},
     ("vanilla", "instructblip"): {"ending": "open"},
 }
 """(method, family) -> options, as the method's paper or release has them for that family and no other."""
@@ -90,8 +94,8 @@ class Facts(NamedTuple):
     """Pixels of the image encoder's square input."""
     grid: tuple[int, int]
     """Token rows and columns of an image."""
-    template: str
-    """Name of the prompt template that the model was trained with."""
+    template: "str | Template"
+    """The prompt template that the model was trained with; of `prompts.TEMPLATES` the name."""
     view: "str | Callable[[tuple[int, int], int], Geometry]" = "pad"
     """How an image is laid into that square: "pad", "crop" or "squash"; or a function that says it by size (W, H) and
     the prompt's number of images."""

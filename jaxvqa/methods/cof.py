@@ -49,6 +49,10 @@ class Cof:
     """What the following are where they are None: "strict" is the released code with its slips."""
     parse: str | None = None
     """Reading of the reply: "tolerant" (any JSON) or "strict" (one expression, the first match)."""
+    units: Literal["view", "encoder", "thousandths"] | None = None
+    """What a box with a number above 1.5 is measured in: pixels of the "view" (the image, or the square to which it is
+    padded), pixels of what the "encoder" reads (Qwen2.5-VL), or "thousandths" of the view (Qwen2-VL, Qwen3-VL,
+    InternVL). None is what the family was trained to say, otherwise the view."""
     multi_box: str | None = None
     """"union" of all boxes, or the "first"."""
     square: bool | None = None
@@ -71,6 +75,8 @@ class Cof:
 
     def __post_init__(self):
         check_choice(self, "preset", tuple(boxes.PRESETS))
+        if self.units is not None:
+            check_choice(self, "units", ("view", "encoder", "thousandths"))
         check_strength(self)
 
     def bind(self, facts: Facts, preset: dict[str, Any]) -> "Cof":
@@ -79,7 +85,7 @@ class Cof:
         bound = fill(fill(self, **preset), lam=lam, alpha=1.0 if large or facts.queries else 1.3)
         if facts.family != "llava" and bound.like == ASKING:
             bound = replace(bound, like=replace(ASKING, template=None))
-        bound = fill(bound, layers=tuple(range(facts.num_layers)), **boxes.PRESETS[self.preset])
+        bound = fill(bound, layers=tuple(range(facts.num_layers)), units="view", **boxes.PRESETS[self.preset])
         check_layers(bound, facts)
         return replace(bound, like=methods.bind(bound.like, facts), facts=facts)
 
@@ -103,7 +109,8 @@ class Cof:
         where = f"{stem}\n{self.grounding_prompt}"
         prompt = render(self.like.template, where, num_images=len(sample.images), ending="open")
         reply = yield Generate(sample.images, prompt, max_new_tokens=self.like.max_new_tokens)
-        return boxes.parse(reply.text, max(sample.image.size), self.parse or "tolerant")
+        extents = {"encoder": view.encoder_size, "thousandths": 1000}
+        return boxes.parse(reply.text, extents.get(self.units or "view", view.extent), self.parse or "tolerant")
 
 
 def reweighted(method: Any, sample: Sample, mask: np.ndarray, view: Geometry) -> Generator[Any, Any, Answer]:

@@ -15,7 +15,7 @@ from jaxvqa.geometry import Geometry, for_squash, missing
 from jaxvqa.images import crop
 from jaxvqa.methods import Facts, check_choice, fill, middle_layer
 from jaxvqa.methods.vicrop import brief, preview_size
-from jaxvqa.prompts import ENDINGS, GENERAL_QUESTION, MARKER, SHORT_ANSWER, TEMPLATES, render, stem, worded
+from jaxvqa.prompts import ENDINGS, GENERAL_QUESTION, MARKER, SHORT_ANSWER, Template, as_template, render, stem, worded
 from jaxvqa.regions.tiles import cut, join, joined_geometry
 from jaxvqa.regions.windows import RATIOS, Tiles, high_res_split, search
 from jaxvqa.requests import Answer, Continue, Generate, Gradient, Read, Reading, Row, Sample
@@ -119,8 +119,8 @@ class HiPerson:
     skip_if_full: bool = False
     """Whether a crop that is the whole image is left out, and the question asked about the image alone."""
 
-    template: str | None = None
-    """Prompt template; None is the one that goes with the model's image setup."""
+    template: str | Template | None = None
+    """Prompt template, or its name; None is the model's own."""
     prompt: Literal["three_step", "single", "vicrop"] = "three_step"
     """The question on crop and image: in "three_step"s, in a "single" one, or as ViCrop asks it (no reasoning)."""
     image_order: Literal["crop_first", "full_first"] | None = None
@@ -263,7 +263,7 @@ class HiPerson:
         question = self.worded(sample, "short" if self.prompt == "vicrop" else "open")
         if self.prompt == "three_step":
             # Where a model takes all images before the text, they stand there in the order in which it speaks of them.
-            if self.image_order == "crop_first" and not TEMPLATES[self.template].images_outside:
+            if self.image_order == "crop_first" and not as_template(self.template).images_outside:
                 turn = f"{MARKER}\n{OBSERVE}\n{MARKER * len(far)}\n{RELATE}\n{question}"
             else:
                 turn = f"{OBSERVE}\n{RELATE}\n{question}"

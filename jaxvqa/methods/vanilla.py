@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jaxvqa.methods import Facts, fill
-from jaxvqa.prompts import ENDINGS, render
+from jaxvqa.prompts import ENDINGS, Template, render
 from jaxvqa.requests import Answer, Generate, Sample
 
 SHORT = "short"
@@ -17,8 +17,8 @@ class Vanilla:
 
     name: ClassVar[str] = "vanilla"
 
-    template: str | None = None
-    """Prompt template; None is the model's own."""
+    template: str | Template | None = None
+    """Prompt template, or its name; None is the model's own."""
     ending: str | None = None
     """What follows the question (`prompts.ENDINGS`); None is "short", and nothing ("open") on InstructBLIP, whose
     template asks for a short answer."""

@@ -12,7 +12,7 @@ from jaxvqa.errors import UserError
 from jaxvqa.geometry import Geometry, for_squash
 from jaxvqa.images import crop
 from jaxvqa.methods import Facts, check_choice, fill, scaled_layer
-from jaxvqa.prompts import GENERAL_QUESTION, MARKER, Prompt, render, stem, worded
+from jaxvqa.prompts import GENERAL_QUESTION, MARKER, Prompt, Template, as_template, render, stem, worded
 from jaxvqa.regions import tiles
 from jaxvqa.regions.windows import RATIOS, Tiles, high_res_split, search
 from jaxvqa.requests import Answer, Generate, Gradient, Read, Reply, Row, Sample
@@ -52,8 +52,9 @@ class Vicrop:
     """Side in pixels of the smallest crop; None is the side of the encoder's input (336 in LLaVA-1.5)."""
     ratios: tuple[float, ...] = RATIOS
     """Crop sides to compare, in units of `base`."""
-    template: str | None = None
-    """Prompt template of the search and of the answer; None is "vicrop_hf" for LLaVA, for other models their own."""
+    template: str | Template | None = None
+    """Prompt template, or its name, of the search and of the answer; None is "vicrop_hf" for LLaVA, for other models
+    their own."""
     listing: str = "mcq_letter_parens"
     """How a sample's options follow its question in the last prompt (`prompts.ENDINGS`); maps are made without them."""
     max_new_tokens: int = 20
@@ -191,9 +192,9 @@ def length_on_image(row: Row) -> Float[Array, "E E"]:
     return gradient_length(row.gradient[0])
 
 
-def brief(template: str) -> str:
+def brief(template: str | Template) -> str:
     """The ending that asks for a short answer; none where the template itself does."""
-    return "open" if template == "instructblip" else "short"
+    return "open" if as_template(template).name == "instructblip" else "short"
 
 
 def preview_size(size: tuple[int, int], longest: int = 512) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """CoF's boxes: what a grounding reply says, as boxes, and as the image tokens that they select.
 
 Boxes are xyxy, as fractions of what the encoder sees: for LLaVA-1.5 the padded square, in which it was trained to
-answer. `to_pixels` and `from_pixels` go through the geometry of the encoded image. A few boxes: NumPy, float64.
+answer. Other families say pixels or thousandths, which `parse` divides. `to_pixels` and `from_pixels` go through the
+geometry of the encoded image. A few boxes: NumPy, float64.
 """
 
 import json
@@ -39,10 +40,11 @@ class Grounding(NamedTuple):
     """"degenerate": boxes, but none with x1 < x2 and y1 < y2."""
 
 
-def parse(reply: str, side: float | int, how: str = "tolerant") -> Grounding:
+def parse(reply: str, extent: float | tuple[float, float], how: str = "tolerant") -> Grounding:
     """The boxes in a reply to the grounding prompt.
 
-    side: of the padded square in pixels of the image, max(W, H): a box with a number above 1.5 is read as pixels.
+    extent: width and height of the view in the units of a box with a number above 1.5: pixels, or 1000 for thousandths;
+        one number stands for both.
     how: "strict" is the released expression; the first match is the only box, and stays as it is. "tolerant" reads
         JSON wherever it stands in the reply: every list of four numbers, and every object that names its corners, with
         corners sorted and clipped to 0..1.
@@ -55,7 +57,8 @@ def parse(reply: str, side: float | int, how: str = "tolerant") -> Grounding:
         raise UserError(f"grounding: parse={how!r}; expected tolerant or strict")
     boxes = np.array([box for box in found if np.isfinite(box).all()], np.float64).reshape(-1, 4)
     if how == "tolerant":
-        boxes = np.where((boxes > 1.5).any(1, keepdims=True), boxes / side, boxes).clip(0, 1)
+        unit = np.tile(np.broadcast_to(extent, 2), 2)
+        boxes = np.where((boxes > 1.5).any(1, keepdims=True), boxes / unit, boxes).clip(0, 1)
         boxes = np.sort(boxes.reshape(-1, 2, 2), axis=1).reshape(-1, 4)
     if not len(boxes):
         return Grounding(boxes, "no_box")

@@ -41,7 +41,7 @@ def bucket_of(size: int, buckets: Sequence[int], what: str) -> int:
 
 
 def size_in_buckets(geometry_of: Callable[[tuple[int, ...]], Geometry], largest: int) -> int:
-    """How large an image is in the unit of its family's buckets: the smallest bucket that holds it.
+    """How large an image is in the unit of its family's buckets: the smallest bucket that holds it (`VLM.size_of`).
 
     geometry_of: the geometry of that image for given buckets (of `family_of(config).geometry_of`, with the rest bound).
     largest: a bucket that holds it. Raises UserError where it does not, or where the image cannot be encoded.
@@ -61,9 +61,9 @@ def size_in_buckets(geometry_of: Callable[[tuple[int, ...]], Geometry], largest:
 def buckets_for(sizes: Iterable[int], count: int) -> tuple[int, ...]:
     """Buckets for `load(..., image_buckets=)`: of all choices of `count`, one that pads images of these sizes least.
 
-    sizes: of a data set's images, in the unit of the family's buckets (`size_in_buckets`). The largest is the last
+    sizes: of a data set's images, in the unit of the family's buckets (`VLM.size_of`). The largest is the last
         bucket. Crops that methods make may be larger: let the last of the family's `default_buckets` follow for them.
-    count: how many at most; each is a program to compile, and each pair of them one for prompts of two images.
+    count: how many at most; each is a program to compile for prompts of one image, and one for those of two.
 
     By dynamic programming over the distinct sizes, exact. Raises UserError for no sizes, or numbers below 1.
     """

@@ -72,6 +72,20 @@ def test_boxes_of_a_wide_image_come_back_in_its_pixels():
     np.testing.assert_allclose(answer.boxes, [[120, 120, 240, 168]], atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("facts", "reply"),
+    [
+        (FACTS._replace(view="squash"), "[120, 60, 240, 180]"),
+        (FACTS._replace(view="squash", family="qwen2_5_vl"), "[84, 84, 168, 252]"),  # of 336 x 336
+        (FACTS._replace(view="squash", family="internvl"), "[[250, 250, 500, 750]]"),
+        (FACTS, "[120, 180, 240, 300]"),  # of the square, with 120 px of padding above
+    ],
+)
+def test_boxes_in_pixels_are_read_in_the_units_of_the_family(facts, reply):
+    _, answer = grounded(reply, picture((480, 240)), facts)
+    np.testing.assert_allclose(answer.boxes, [[120, 60, 240, 180]], atol=1e-3)
+
+
 def test_the_factor_is_the_papers_for_the_size_of_the_model():
     small, large = bound(), bound(FACTS._replace(num_layers=40))
     assert (small.lam, small.alpha, len(small.layers)) == (2.0, 1.3, 32)
