@@ -32,7 +32,7 @@ from jaxvqa.geometry import covers
 from jaxvqa.images import crop
 from jaxvqa.methods.controls import side_around, square_around
 from jaxvqa.prompts import GENERAL_QUESTION, render
-from jaxvqa.requests import Answer, Generate, Read, Request, Row, Sample
+from jaxvqa.requests import Answer, Generate, Read, Reading, Request, Row, Sample
 from jaxvqa.specks import SIZE
 from jaxvqa.specks.evaluation import difference, iou, map_quality, right
 from jaxvqa.specks.questions import BOX, GROUND, YES_NO
@@ -207,9 +207,14 @@ def looking(engine: Engine) -> Callable[[Sample], dict[str, Request]]:
     return requests
 
 
+def on_grid(reading: Reading) -> np.ndarray:
+    """A reading's maps on the image's own grid."""
+    return reading.geometries[0].on_grid(np.asarray(reading.value))
+
+
 def maps_of(results: list[dict]) -> dict[str, dict[str, np.ndarray]]:
     """By method, the maps of the question and of another one: [choices, samples, h, w]."""
-    stacked = {name: np.stack([found[name].value for found in results], axis=1) for name in results[0]}
+    stacked = {name: np.stack([on_grid(found[name]) for found in results], axis=1) for name in results[0]}
     relative = {whose: np.asarray(relative_attention(stacked[whose], stacked["general"])) for whose in ("own", "other")}
     return {
         "relative attention": relative,

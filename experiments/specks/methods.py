@@ -15,6 +15,7 @@ Examples:
   python experiments/specks/methods.py --out work/methods.json
   python experiments/specks/methods.py --out work/methods.json --strata small --questions 50 --methods vanilla FOCUS
   python experiments/specks/methods.py --out work/methods.json --tables experiments/specks/methods.md --readme README.md
+  python experiments/specks/methods.py --out work/next.json --model jaxvqa/assets/specks-llava-next --batch-size 4
   python experiments/specks/methods.py --choose --strata small crowded
 """
 
@@ -259,19 +260,19 @@ def overview(strata: dict[str, dict[str, dict]]) -> list[str]:
 def tables(strata: dict[str, dict[str, dict]]) -> Iterable[str]:
     """Every stratum with every figure."""
     for stratum, rows in strata.items():
-        yield f"## {stratum}\n"
+        yield f"### {stratum}\n"
         yield from header(*COLUMNS)
         yield from (line(name, rows) for name in ROWS if name in rows)
         yield ""
 
 
-def put_between(path: Path, marker: str, lines: list[str]) -> None:
+def put_between(path: Path, marker: str, lines: Iterable[str]) -> None:
     """Replace what stands between `<!-- marker -->` and `<!-- end -->`."""
     text = path.read_text()
     found = re.search(rf"(<!-- {marker} -->\n).*?(<!-- end -->)", text, re.DOTALL)
     if found is None:
         raise UserError(f"{path} has no <!-- {marker} --> ... <!-- end --> to write the table into")
-    path.write_text(text[: found.end(1)] + "\n" + "\n".join(lines) + "\n\n" + text[found.start(2) :])
+    path.write_text(text[: found.end(1)] + "\n" + "\n".join(lines).rstrip() + "\n\n" + text[found.start(2) :])
 
 
 def main() -> None:
@@ -286,8 +287,8 @@ def main() -> None:
     parser.add_argument("--untimed", action="store_true", help="leave out latency, throughput and memory")
     parser.add_argument("--choose", action="store_true", help="compare options, on the development split only")
     parser.add_argument("--out", type=Path, help="JSON file with all measurements; what is in it is not run again")
-    parser.add_argument("--tables", type=Path, help="Markdown file for the tables with every figure")
-    parser.add_argument("--readme", type=Path, help="file in which to replace the table between its markers")
+    parser.add_argument("--tables", type=Path, help="file for all figures, between the markers of the model's name")
+    parser.add_argument("--readme", type=Path, help="file for accuracies and costs, between the same markers")
     args = parser.parse_args()
 
     if args.choose:
@@ -311,9 +312,9 @@ def main() -> None:
         if args.out:
             args.out.write_text(json.dumps(found, indent=1) + "\n")
     if args.tables:
-        args.tables.write_text("\n".join(["# Methods on Specks\n", *tables(strata)]))
+        put_between(args.tables, found["model"], tables(strata))
     if args.readme:
-        put_between(args.readme, "methods", overview(strata))
+        put_between(args.readme, found["model"], overview(strata))
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ from jaxvqa.vision.clip import ClipConfig
 SEED = 1
 SCENES = {"small": 16000, "crowded": 10000, "whole": 8000, "dense": 8000}
 """Scenes by kind; every kind has a seed of its own."""
-DENSE = ("dense", "dense", "crowded", "dense", "small", "whole")
-ASKED = ("small", "crowded", "small", "whole")
+DENSE = ("dense", "whole", "crowded", "dense", "small", "whole")
+ASKED = ("small", "crowded", "whole")
 """Kinds of scenes in the order in which the stages draw them: what image tokens show; what is asked."""
 GRID = 16
 
@@ -229,7 +229,7 @@ def main():
     parser.add_argument("--views", type=Path, help="folder for the rendered views (default: WORK)")
     parser.add_argument("--seed", type=int, default=0, help="of the first parameters and of the questions")
     parser.add_argument("--stages", default="1234", help="which stages to run; each goes on from the one before")
-    parser.add_argument("--minutes", type=float, nargs=4, default=(26, 20, 11, 6), help="time budget of each stage")
+    parser.add_argument("--minutes", type=float, nargs=4, default=(26, 22, 9, 6), help="time budget of each stage")
     parser.add_argument("--steps", type=int, nargs=4, default=(100_000,) * 4, help="step budget of each stage")
     args = parser.parse_args()
     tokenizer = train_tokenizer()

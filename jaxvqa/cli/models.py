@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxvqa.bundled import SPECKS_LLAVA
+from jaxvqa.bundled import SPECKS_LLAVA, VLMS
 from jaxvqa.cli.output import mark, table
 
 if typing.TYPE_CHECKING:
@@ -77,9 +77,10 @@ def run(args: argparse.Namespace) -> int:
     print(f"\narchitectures in config.json: {', '.join(ARCHITECTURES)}\n")
     print(table(("model", "model_type", "in the papers of"), [(m.name, m.kind, ", ".join(m.papers)) for m in models]))
     print(f"\n{grid(models)}\n")
-    weights = SPECKS_LLAVA / "model.safetensors"
-    size = f"{weights.stat().st_size / 1e6:.1f} MB" if weights.exists() else "its weights are missing: reinstall jaxvqa"
-    print(f"bundled model, the default of --model: {SPECKS_LLAVA} ({size})")
+    for folder in VLMS:
+        file, note = folder / "model.safetensors", ", the default of --model" if folder == SPECKS_LLAVA else ""
+        size = f"{file.stat().st_size / 1e6:.1f} MB" if file.exists() else "its weights are missing: reinstall jaxvqa"
+        print(f"bundled model{note}: {folder} ({size})")
     return 0
 
 

@@ -77,9 +77,12 @@ FAMILY_PRESETS: dict[tuple[str, str], dict[str, Any]] = {
 """(method, family) -> options, as the method's paper or release has them for that family and no other."""
 
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
-    # Chosen on development questions: this model finds the plate in the middle, at the end of the prompt; the mean over
-    # its question's tokens finds any plate of the colour or the shape.
-    ("hiperson", "specks-llava"): {"layer": 3, "query_rows": "last"},
+    # Chosen on development questions (BUILD.md). HiPerson's other rows, the mean over the question's tokens, find any plate
+    # of the colour or the shape.
+    ("vicrop", "specks-llava"): {"layer": 5},
+    ("hiperson", "specks-llava"): {"layer": 5, "query_rows": "last"},
+    ("focus", "specks-llava"): {"layer_start": 2, "layer_end": 3},
+    ("hiperson", "specks-llava-next"): {"layer": 3, "query_rows": "last"},
 }
 """(method, model name) -> options, where a model wants other values than its family's, or the method's rule."""
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import numpy as np
 
-from jaxvqa.bundled import SPECKS_BLIP, SPECKS_LLAVA
+from jaxvqa.bundled import SPECKS_BLIP, VLMS
 from jaxvqa.errors import UserError
 from jaxvqa.geometry import Geometry, for_squash, missing
 from jaxvqa.images import crop
@@ -92,7 +92,7 @@ class HiPerson:
     """Added to the denominator of Eq. 2."""
 
     matcher: str | None = None
-    """BLIP image-text retrieval model behind M^grad: a folder or hub id. None is the bundled one beside the bundled
+    """BLIP image-text retrieval model behind M^grad: a folder or hub id. None is the bundled one beside a bundled
     model, otherwise "Salesforce/blip-itm-large-coco"."""
     itm_layer: int | None = None
     """Text layer (0-based; negative from the end) whose cross-attention A_cross is read. None is the last, and with
@@ -148,7 +148,7 @@ class HiPerson:
 
     def bind(self, facts: Facts, preset: dict[str, Any]) -> "HiPerson":
         bound = fill(fill(self, **presets(middle_layer(facts))[self.preset]), **preset)
-        vicrop, bundled = bound.prompt == "vicrop", facts.name == SPECKS_LLAVA.name
+        vicrop, bundled = bound.prompt == "vicrop", facts.name in [folder.name for folder in VLMS]
         bound = fill(
             bound,
             **DEFAULT,

@@ -55,8 +55,8 @@ def questions(
     makers = {
         "read": lambda: _read(rng, seen, view),
         "pair": lambda: _pair(rng, seen, view),
-        "color": lambda: _attribute(seen, unclear, view, "color"),
-        "shape": lambda: _attribute(seen, unclear, view, "shape"),
+        "color": lambda: _attribute(rng, seen, unclear, "color"),
+        "shape": lambda: _attribute(rng, seen, unclear, "shape"),
         "presence": lambda: _presence(rng, scene, seen, unclear),
         "relation": lambda: _relation(rng, seen, view),
         "count": lambda: _count(rng, seen, unclear),
@@ -124,22 +124,15 @@ def _describe(rng, scene, seen, view):
     return [Question("describe", str(rng.choice(DESCRIBE)), "", caption(scene.plates, view))] if len(seen) <= 12 else []
 
 
-def _attribute(seen, unclear, view, wanted):
-    """Colour by shape or shape by colour where that is unique, and either by a character that can be read."""
+def _attribute(rng, seen, unclear, wanted):
+    """Colour by shape or shape by colour, where that is unique."""
     given = "shape" if wanted == "color" else "color"
     count = Counter(getattr(p, given) for p in seen + unclear)
-    characters = Counter(p.character for p in seen + unclear)
     found = []
-    for plate in seen:
-        if count[getattr(plate, given)] == 1:
-            text = (
-                f"What color is the {plate.shape}?" if wanted == "color" else f"What shape is the {plate.color} plate?"
-            )
-            found.append(Question(wanted, text, SHORT, getattr(plate, wanted), (plate,)))
-        if plate.legible(view) and characters[plate.character] == 1:
-            text = f"What {wanted} is the plate with the {plate.character}?"
-            found.append(Question(wanted, text, SHORT, getattr(plate, wanted), (plate,)))
-    return found[:3]
+    for plate in _some(rng, [p for p in seen if count[getattr(p, given)] == 1], 2):
+        text = f"What color is the {plate.shape}?" if wanted == "color" else f"What shape is the {plate.color} plate?"
+        found.append(Question(wanted, text, SHORT, getattr(plate, wanted), (plate,)))
+    return found
 
 
 def _presence(rng, scene, seen, unclear):
@@ -172,7 +165,7 @@ def _count(rng, seen, unclear):
     found = []
     for given, plural in (("color", lambda c: f"{c} plates"), ("shape", PLURALS.get)):
         sure = {getattr(p, given) for p in seen} - {getattr(p, given) for p in unclear}
-        for value in _some(rng, sorted(sure), 1):
+        for value in _some(rng, sorted(sure), 2):
             targets = tuple(p for p in seen if getattr(p, given) == value)
             found.append(Question("count", f"How many {plural(value)} are there?", SHORT, str(len(targets)), targets))
     return found

@@ -48,12 +48,12 @@ class Layout:
 
 LAYOUTS = {
     "small": Layout((8, 12), (64, 92), (14, 20)),
-    "crowded": Layout((24, 30), (104, 128), (55, 70)),
+    "crowded": Layout((24, 30), (104, 128), (32, 42)),
     "whole": Layout((3, 6), (120, 240), (54, 130)),
     "dense": Layout((28, 28), (64, 92), (14, 20)),
 }
-"""By kind of scene. small: characters of 14-20 px, which only a crop shows. crowded: larger plates, characters of 55-70
-px, which a look at the right one of many shows. whole: few large plates. dense: to train on, much to see per view."""
+"""By kind of scene. small: characters of 14-20 px, which only a crop shows. crowded: larger plates, characters of 32-42
+px, which a good look at the right one of many shows. whole: few large plates. dense: to train on, much per view."""
 
 
 @dataclass(frozen=True)

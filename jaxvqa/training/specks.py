@@ -62,7 +62,7 @@ KINDS = (
 )
 _COMPARING = ("relation", "count", "pair")
 _LEGIBLE_FROM = 4.5
-_LOOKS = 20
+_LOOKS = 32
 _LATER = 1 << 16  # steps of order: what precedes the images, the images, what sees them
 _SHARE = {"color": 1.0, "shape": 1.0, "character": 3.0, "box": 0.12, "place": 0.3}
 _PLACES = ("left", "right", "above", "below")
@@ -274,13 +274,11 @@ def dense_loss(
         metrics |= {f"cell_{name}": jnp.sum(weight * solid * hit), f"cell_{name}#": jnp.sum(weight * solid)}
     solid = target.box[..., 0] >= 0
     weight = jnp.where(solid, target.weight, 0)
-    numbers = jnp.arange(100)
     for i in range(4):
         spot = features @ trained.heads[i]
         logits = scores(spot / (jnp.linalg.norm(spot, axis=-1, keepdims=True) + 1e-6), words.number)
-        soft = jnp.exp(-0.5 * jnp.square((numbers - target.box[..., i, None]) / 1.5))
-        soft /= soft.sum(-1, keepdims=True) + 1e-9
-        loss += _SHARE["box"] * jnp.sum(weight * optax.softmax_cross_entropy(logits, soft)) / (jnp.sum(weight) + 1.0)
+        cost = optax.softmax_cross_entropy(logits, _blurred(target.box[..., i]))
+        loss += _SHARE["box"] * jnp.sum(weight * cost) / (jnp.sum(weight) + 1.0)
         miss = jnp.abs(logits.argmax(-1) - target.box[..., i])
         metrics["cell_box"] = metrics.get("cell_box", 0) + jnp.sum(weight * (miss <= 2)) / 4
     for axis in (0, 1):
@@ -289,6 +287,12 @@ def dense_loss(
         ends = optax.softmax_cross_entropy(scores(unit, words.place[axis]), jnp.stack([1 - right, right], -1))
         loss += _SHARE["place"] * jnp.sum(weight * ends) / (jnp.sum(weight) + 1.0)
     return loss, metrics | {"cell_box#": jnp.sum(weight)}
+
+
+def _blurred(number: Int[Array | np.ndarray, "*B"]) -> Float[Array, "*B 100"]:
+    """A distribution over the numbers 0..99 around this one: a neighbour is nearly as good an edge of a box."""
+    near = jnp.exp(-0.5 * jnp.square((jnp.arange(100) - number[..., None]) / 1.5))
+    return near / (near.sum(-1, keepdims=True) + 1e-9)
 
 
 # ---- packed questions ------------------------------------------------------------------------------------------------
@@ -308,9 +312,11 @@ class Packed:
     bias: Float[np.ndarray, "B T"]
     """Added to the attention scores of a key."""
     last: Int[np.ndarray, "B Q"]
-    """The last prompt token of each question that has a target."""
+    """Tokens that should look at a target: the last of a question's prompt, and those that predict its box."""
     look: Bool[np.ndarray, "B Q T"]
     """The image tokens of that target; none where there is no such question."""
+    boxing: Bool[np.ndarray, "B Q"]
+    """Which of `last` predict a box."""
     at: Int[np.ndarray, "B R"]
     target: Int[np.ndarray, "B R"]
     weight: Float[np.ndarray, "B R"]
@@ -372,7 +378,7 @@ class Packer:
         ids, order, segment = np.zeros(T, np.int32), np.full(T, NEVER, np.int32), np.zeros(T, np.int32)
         target, weight, kind = np.zeros(T, np.int32), np.zeros(T, np.float32), np.full(T, -1, np.int32)
         patch, position = np.full(T, -1, np.int32), np.zeros(T, np.int32)
-        last, look = np.zeros(_LOOKS, np.int32), np.zeros((_LOOKS, T), bool)
+        last, look, boxing = np.zeros(_LOOKS, np.int32), np.zeros((_LOOKS, T), bool), np.zeros(_LOOKS, bool)
         looks, n = 0, len(where)
         assert n < T, f"a prefix of {n} tokens does not fit into {T}"
         ids[:n], position[:n] = shared[where], where
@@ -395,9 +401,12 @@ class Packer:
             first = n + len(prompt) - 1
             if hide is not None and ask.kind not in _COMPARING and hide.random() < 0.6:
                 order[n:first] = first_image + np.arange(len(prompt) - 1)
-            if ask.cells is not None and looks < _LOOKS:
-                last[looks], look[looks] = first, (patch >= 0) & ask.cells[np.maximum(patch, 0)]
-                looks += 1
+            if ask.cells is not None:
+                boxed = [i for i, token in enumerate(answer) if ask.kind == "where" and token in self.numbers]
+                for i in (0, *boxed)[: _LOOKS - looks]:
+                    last[looks], look[looks] = first + i, (patch >= 0) & ask.cells[np.maximum(patch, 0)]
+                    boxing[looks] = i > 0
+                    looks += 1
             target[n : n + len(tokens) - 1] = tokens[1:]
             weight[n:first] = self.prompt_weight
             for i, token in enumerate(answer):
@@ -421,6 +430,7 @@ class Packer:
             "bias": bias,
             "last": last,
             "look": look,
+            "boxing": boxing,
             "target": target,
             "weight": weight,
             "kind": kind,
@@ -447,8 +457,10 @@ def answer_loss(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Weighted next-token loss over the packed rows, and accuracy sums by kind (a box number may be off by two).
 
-    look_share: weight of a scaffold that asks the last prompt token's attention in `look_layer` (mean over heads, share
-        of the image) to lie on the target.
+    The target of a box number is spread over its neighbours (`_blurred`).
+
+    look_share: weight of a scaffold that asks the attention of `rows.last` in `look_layer` (mean over heads, share of
+        the image) to lie on the target.
     """
     model, c = trained.model, config.decoder
     features = features.reshape(features.shape[0], -1, features.shape[-1])
@@ -460,17 +472,22 @@ def answer_loss(
     attention = readouts.rows[0]
     on_target = jnp.sum(attention * rows.look, axis=-1)
     on_images = jnp.sum(attention * (rows.patch >= 0)[:, None], axis=-1) + 1e-9
-    asked = rows.look.any(axis=-1)
-    looking = jnp.sum(asked * -jnp.log(on_target / on_images + 1e-4)) / (jnp.sum(asked) + 1e-6)
+    asked, away = rows.look.any(axis=-1), -jnp.log(on_target / on_images + 1e-4)
+    looks = {"look": asked & ~rows.boxing, "look_box": asked & rows.boxing}
+    looking = sum(jnp.sum(which * away) / (jnp.sum(which) + 1e-6) for which in looks.values())
     hidden = jnp.take_along_axis(hidden, rows.at[:, :, None], axis=1)
     logits = decoder.finish(model.decoder, c, hidden)
-    cost = optax.softmax_cross_entropy_with_integer_labels(logits, rows.target)
+    value = jnp.full(c.vocab_size, -100).at[words.number].set(jnp.arange(100))
+    number, guess = value[rows.target], logits.argmax(-1)
+    exact = jnp.take_along_axis(logits, rows.target[..., None], axis=-1)[..., 0]
+    blurred = jnp.sum(_blurred(number) * logits[..., words.number], axis=-1)
+    cost = jax.nn.logsumexp(logits, axis=-1) - jnp.where(number >= 0, blurred, exact)
     loss = jnp.sum(rows.weight * cost) / jnp.sum(rows.weight)
-    value = jnp.full(c.vocab_size, -100).at[words.number].set(jnp.arange(100) * 1)
-    guess = logits.argmax(-1)
-    near = (value[rows.target] >= 0) & (jnp.abs(value[guess] - value[rows.target]) <= 2)
+    near = (number >= 0) & (jnp.abs(value[guess] - number) <= 2)
     hit = (guess == rows.target) | near
-    metrics = {"look": jnp.sum(asked * on_target / on_images), "look#": jnp.sum(asked)}
+    metrics = {}
+    for name, which in looks.items():
+        metrics |= {name: jnp.sum(which * on_target / on_images), name + "#": jnp.sum(which)}
     for number, name in enumerate(KINDS):
         mine = rows.kind == number
         metrics |= {name: jnp.sum(mine & hit), name + "#": jnp.sum(mine)}
@@ -570,8 +587,15 @@ def single(rng: np.random.Generator, scene: Scene, view: Box, terse: float = 0.0
 
 
 def _partial_presence(rng: np.random.Generator, scene: Scene, view: Box) -> list[Question]:
-    """Presence of a colour or of a shape alone, which is learned before that of both in one plate."""
+    """Presence of a colour, a shape or a character alone, which is learned before that of two in one plate."""
     found = []
+    legible = {p.character for p in scene.plates if p.legible(view) and p.visible(view) > THERE}
+    gone = set(CHARACTERS) - {p.character for p in scene.plates if p.visible(view) >= GONE}
+    if legible and gone:
+        pick = sorted(legible if rng.random() < 0.5 else gone)
+        word = pick[int(rng.integers(len(pick)))]
+        ask = f"Is there a plate with the {word} in the image?"
+        found.append(Question("presence", ask, YES_NO, "Yes" if word in legible else "No"))
     for attribute, words in (("color", COLORS), ("shape", SHAPES)):
         there = {getattr(p, attribute) for p in scene.plates if p.visible(view) > THERE}
         gone = set(words) - {getattr(p, attribute) for p in scene.plates if p.visible(view) >= GONE}

@@ -79,5 +79,8 @@ def test_the_table_says_what_the_methods_say(capsys, monkeypatch, as_json):
         assert qwen["verdicts"]["vanilla"] == {"works": False, "reason": "vanilla: never in detail", "options": {}}
         return
     (row,) = [line for line in printed.splitlines() if line.startswith("vanilla ")]
+    first, second = (line for line in printed.splitlines() if line.startswith("bundled model"))
+    assert first.startswith("bundled model, the default of --model: ") and first.endswith("specks-llava (8.8 MB)")
+    assert second.endswith("specks-llava-next (8.8 MB)")
     mark, crossed, note = row.split()[1:]
     assert (mark, crossed) in (("✓", "✗"), ("+", "-")) and f"\n{note}: vanilla: never in detail" in printed

@@ -13,7 +13,7 @@ from small import cells_from
 
 import jaxvqa
 from jaxvqa import methods
-from jaxvqa.bundled import SPECKS_BLIP, SPECKS_LLAVA
+from jaxvqa.bundled import SPECKS_BLIP, SPECKS_LLAVA, VLMS
 from jaxvqa.engine import ask_many
 from jaxvqa.errors import UserError
 from jaxvqa.geometry import for_crop, for_pad, for_squash
@@ -435,8 +435,9 @@ def test_what_is_left_open_follows_the_preset_and_the_model():
     assert (default.base, default.betas, default.eps) == (336, (1.0, 1.2, 1.4, 1.6, 1.8, 2.0), 1e-8)
 
 
-def test_the_matcher_and_its_layer_go_with_the_model():
-    small = FACTS._replace(name=SPECKS_LLAVA.name)
+@pytest.mark.parametrize("folder", VLMS, ids=lambda folder: folder.name)
+def test_the_matcher_and_its_layer_go_with_the_model(folder):
+    small = FACTS._replace(name=folder.name)
     assert (bound().matcher, bound().itm_layer) == ("Salesforce/blip-itm-large-coco", -1)
     assert bound(itm_rows="tokens_mean").itm_layer == 6
     assert (bound(small).matcher, bound(small).itm_layer) == (str(SPECKS_BLIP), 0)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from jaxvqa.engine import Engine
 from jaxvqa.errors import UserError
 from jaxvqa.methods.vanilla import Vanilla
 from jaxvqa.methods.vicrop import preview_size
+from jaxvqa.prompts import MARKER
 from jaxvqa.regions.windows import high_res_split
 from jaxvqa.requests import Sample
 from jaxvqa.vif.generator import GeneratorConfig, specs
@@ -92,6 +94,13 @@ def sample_of(number: int, width: int, height: int) -> Sample:
 
 
 SAMPLES = [sample_of(n, *size) for n, size in enumerate([(168, 112), (84, 224), (280, 196)])]
+PAIR = replace(
+    SAMPLES[0],
+    images=(SAMPLES[0].image, SAMPLES[1].image),
+    question="Is the plate in the first image red, too?",
+    id="3",
+)
+"""A question about two images, of which methods look at the first more closely."""
 
 
 @pytest.fixture(scope="module")
@@ -118,14 +127,15 @@ def generator_for(vlm):
     return vif.Trained(config, parameters(specs(config)), vlm.facts.fingerprint, vlm.name, pairs, 0.4)
 
 
-def grid_of(name, method, facts, image):
-    """Rows and columns of the map that a method makes of an image."""
+def grid_of(name, method, facts, sample):
+    """Rows and columns of the map that a method makes of the first image."""
+    image, count = sample.image, len(sample.images)
     if name in ("focus", "truth_map"):
         return (method if name == "focus" else method.like).view_of(image).grid
     if name != "vicrop maps=rel_att_high":
-        return facts.geometry(image.size).grid
+        return facts.geometry(image.size, count).grid
     rows, columns, size = high_res_split(image.size, TILE)
-    h, w = facts.geometry(size).grid
+    h, w = facts.geometry(size, count).grid
     return rows * h, columns * w
 
 
@@ -143,8 +153,8 @@ def passes_of(name, answer, image):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_every_method_works_with_every_family_or_is_refused_before_it_begins(engine, case):
-    """Three images of different sizes in batches of two: text, boxes in the image, maps on its own grid, passes as
-    counted; and each answer is the same alone."""
+    """Three images of different sizes in batches of two, and a question about two: text, boxes in the first image, maps
+    on its own grid, passes as counted, the further image in the last prompt; and each answer is the same alone."""
     vlm, name, options = engine.default, case.partition(" ")[0], CASES[case]
     options = options | ({"generator": generator_for(vlm)} if name == "vif" else {})
     (kind, _), _ = engine.models.items()
@@ -156,8 +166,9 @@ def test_every_method_works_with_every_family_or_is_refused_before_it_begins(eng
         return
     assert said.works
 
-    answers = list(engine.run(SAMPLES, method))
-    for sample, answer in zip(SAMPLES, answers, strict=True):
+    asked = [*SAMPLES, PAIR]
+    answers = list(engine.run(asked, method))
+    for sample, answer in zip(asked, answers, strict=True):
         (W, H), boxes = sample.image.size, answer.boxes
         assert answer.error is None, repr(answer.error)
         assert json.dumps(answer.record()) and answer.text.strip() == answer.text
@@ -166,12 +177,14 @@ def test_every_method_works_with_every_family_or_is_refused_before_it_begins(eng
         assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= (W, H)).all() and (boxes[:, :2] < boxes[:, 2:]).all()
         assert (answer.grid is None) == (answer.heatmap is None) == (name in WITHOUT_MAP)
         if answer.grid is not None:
-            assert answer.grid.shape == grid_of(case, method, vlm.facts, sample.image)
+            assert answer.grid.shape == grid_of(case, method, vlm.facts, sample)
             assert answer.heatmap.shape == preview_size(sample.image.size)[::-1]
             assert np.isfinite(answer.grid).all()
             assert name == "cof" or answer.grid.size == 1 or np.ptp(answer.grid) > 0
+    one, *_, two = (answer.log[-1].prompt.count(MARKER) for answer in answers)
+    assert two == one + (name != "blind")
 
-    for sample, answer in zip(SAMPLES[1:], answers[1:], strict=True):
+    for sample, answer in zip(asked[1:], answers[1:], strict=True):
         (alone,) = engine.run([sample], method)
         assert (alone.text, alone.forward_passes, alone.cost) == (answer.text, answer.forward_passes, answer.cost)
         np.testing.assert_array_equal(alone.boxes, answer.boxes)

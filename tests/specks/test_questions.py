@@ -18,9 +18,11 @@ def asked(index, whole, kind="small"):
     return made, view, questions(made, rng, view)
 
 
-@pytest.mark.parametrize(("kind", "missing"), [("small", {"pair"}), ("crowded", {"describe"}), ("whole", set())])
+@pytest.mark.parametrize(
+    ("kind", "missing"), [("small", {"pair"}), ("crowded", {"describe", "color"}), ("whole", set())]
+)
 def test_a_whole_scene_gives_questions_of_every_kind_that_it_allows(kind, missing):
-    """Two small characters cannot be read at once; a caption of thirty plates would be too long."""
+    """Small characters cannot be read; of thirty plates a caption would be too long, and no shape is alone."""
     assert {q.kind for n in range(30) for q in asked(n, True, kind)[2]} == set(KINDS) - missing
 
 
@@ -40,6 +42,7 @@ def test_questions_are_true_of_what_the_view_shows(index, whole, kind):
             assert q.answer == f"{a.character} and {b.character}" and a.legible(view) and b.legible(view)
         elif q.kind in ("color", "shape"):
             assert q.answer == getattr(q.targets[0], q.kind) and q.answer not in q.text
+            assert sum(p.color in q.text or p.shape in q.text for p in seen) == 1
         elif q.kind == "presence":
             name = q.text.removeprefix("Is there a ").removesuffix(" in the image?")
             visible = by_name[name].visible(view) if name in by_name else 0.0

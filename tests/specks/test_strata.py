@@ -159,7 +159,7 @@ def test_half_of_presence_is_a_colour_and_a_shape_that_are_there_but_not_togethe
 
 @given(numbers)
 def test_whole_scenes_are_asked_each_kind_in_turn(number):
-    one, kind = sample("whole", 3, number), WHOLE[number % 5]
+    one, kind = sample("whole", 3, number), WHOLE[number % len(WHOLE)]
     targets, plates = of(one.boxes, plates_of(one)), plates_of(one)
     answers = {
         "read": lambda: targets[0].character,
