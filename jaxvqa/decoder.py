@@ -397,7 +397,9 @@ def run(
                 layer = jax.checkpoint(layer)
             x = stream.hidden
             if d - c == 1:
-                x, keys, read = layer(x, keys, c)
+                # The layer's weights wait for its input: else XLA gathers those of all single layers at once.
+                x, i = jax.lax.optimization_barrier((x, jnp.int32(c)))
+                x, keys, read = layer(x, keys, i)
                 read = jax.tree.map(lambda r: r[None], read)
             else:
 
@@ -426,10 +428,13 @@ def run(
 def finish(params: Decoder, config: DecoderConfig, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """Final normalisation and output head: f32 logits."""
     hidden = rms_norm(hidden, params.norm, config.norm_eps)
+    # On a mesh the head, split along the width, is gathered, or partial logits are summed: whichever is smaller.
+    out = ACT_BTV
+    if hidden.shape[0] * hidden.shape[1] < config.width:
+        hidden, out = constrain(hidden, ("lookup", None, "embed")), ("lookup", None, "vocab")
+    equation, head = ("BTD,DV->BTV", params.lm_head) if params.lm_head is not None else ("BTD,VD->BTV", params.embed)
     with jax.named_scope("decoder/logits"):
-        if params.lm_head is None:
-            return einsum("BTD,VD->BTV", hidden, params.embed, out=ACT_BTV, preferred_element_type=jnp.float32)
-        return einsum("BTD,DV->BTV", hidden, params.lm_head, out=ACT_BTV, preferred_element_type=jnp.float32)
+        return constrain(einsum(equation, hidden, head, out=out, preferred_element_type=jnp.float32), ACT_BTV)
 
 
 def embed_tokens(params: Decoder, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:

@@ -5,7 +5,9 @@ the m² of a token side by side. Qwen2.5-VL orders the tokens by windows and let
 (arXiv:2502.13923, §2.1.1). All of this is arithmetic on the host; the tower takes arrays, padded to a bucket.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass, register_static
 
-from jaxvqa.attention import Mask, attend
+from jaxvqa.attention import MASKED, Mask, attend
 from jaxvqa.decoder import rms_norm
 from jaxvqa.errors import JaxVQAError, UserError
-from jaxvqa.sharding import ACT_BTD, ACT_BTF, BATCH, ArraySpec, constrain, einsum, layout, stack
+from jaxvqa.sharding import ACT_BTD, ACT_BTF, ACT_BTNH, BATCH, ArraySpec, constrain, einsum, layout, stack
 from jaxvqa.typing import Array, Float, Int
 from jaxvqa.vision.clip import ACTIVATIONS, LayerNorm, feed_forward, heads, layer_norm, norm_specs
 
@@ -42,7 +44,7 @@ class Patches:
     positions: Int[Array, "*M P 2"]
     """Row and column of each patch."""
     window: Int[Array, "*M P"]
-    """Window of each patch, from 1; -1 for padding. A segment of `attention.Mask`."""
+    """Window of each patch, from 1, in ascending order; -1 for padding."""
     places: Int[Array, "*M C"]
     """Where each token, in raster order, stands in the tower's order."""
 
@@ -254,6 +256,11 @@ class QwenVisionConfig:
     def head_dim(self) -> int:
         return self.width // self.num_heads
 
+    @property
+    def window_patches(self) -> int | None:
+        """The most patches in a window; None without windows."""
+        return None if self.window is None else (self.window * self.merge_size) ** 2
+
 
 # HF's defaults, left out of a config.json when equal.
 _BASE = {"depth": 32, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
@@ -393,22 +400,64 @@ def run_blocks(
 ) -> Float[Array, "M P D"]:
     """The blocks start..stop-1, over patches in the tower's order."""
     rope = rotary(patches.positions, c.head_dim, c.rope_theta)
-    order, whole = jnp.zeros_like(patches.window), jnp.sign(patches.window)
-    full = jnp.isin(jnp.arange(c.num_layers), jnp.array(c.full_layers, int))
+    options: dict[str, Any] = dict(scale=c.head_dim**-0.5, backend=backend)
+    # Padding is hidden by a bias: a mask of segments would keep flash kernels away, or be an array of P x P.
+    padding = jnp.where(patches.window < 0, jnp.float32(MASKED), 0)[:, None]
+    is_full = jnp.isin(jnp.arange(c.num_layers), jnp.array(c.full_layers, int))
+
+    def full(q, k, v):
+        return attend(q, k, v, None, key_bias=padding, **options)
+
+    def windows(q, k, v):
+        return attend_windows(q, k, v, patches.window, c.window_patches, **options)
 
     def step(x, i):
         with jax.named_scope("vision/layer"):
             block = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), blocks)
-            segment = jnp.where(full[i], whole, patches.window)
-            return _block(block, c, x, rope, Mask(order, order, segment, segment), backend), None
+            attention = full if c.window is None else functools.partial(jax.lax.cond, is_full[i], full, windows)
+            return _block(block, c, x, rope, attention), None
 
     return jax.lax.scan(step, x, jnp.arange(start, stop))[0]
 
 
-def _block(w: QwenBlock, c: QwenVisionConfig, x, rope, mask: Mask, backend: str):
+def attend_windows(
+    q: Float[Array, "M P N H"],
+    k: Float[Array, "M P N H"],
+    v: Float[Array, "M P N H"],
+    window: Int[Array, "M P"],
+    most: int,
+    **options: Any,
+) -> Float[Array, "M P N H"]:
+    """Attention within windows that lie one behind the other, of `most` patches or fewer: linear in P.
+
+    A block of 2·`most` queries sees its own keys and `most` on either side, for no window reaches farther.
+    options: of `attend`.
+    """
+    M, P, N, H = q.shape
+    most = min(most, P)
+    size = 2 * most
+    blocks = -(-P // size)
+
+    def cut(x, start, fill=0):
+        """[M, P, ...] -> [M * blocks, size, ...], the blocks from `start` on, with `fill` for what x does not have."""
+        ends = [(0, 0, 0), (-start, blocks * size + start - P, 0), *[(0, 0, 0)] * (x.ndim - 2)]
+        x = jax.lax.pad(x, jnp.array(fill, x.dtype), ends)
+        return jnp.reshape(x, (M * blocks, size, *x.shape[2:]), out_sharding=layout(ACT_BTNH[: x.ndim]))
+
+    def around(x, fill=0):
+        return jnp.concatenate([cut(x, -most, fill), cut(x, most, fill)], axis=1)
+
+    # Segment 0 would be seen by all.
+    own, seen = cut(window, 0, -1), around(window, -1)
+    mask = Mask(jnp.zeros_like(own), jnp.zeros_like(seen), own, seen)
+    out = attend(cut(q, 0), around(k), around(v), mask, **options)
+    return jnp.reshape(out, (M, blocks * size, N, H), out_sharding=layout(ACT_BTNH))[:, :P]
+
+
+def _block(w: QwenBlock, c: QwenVisionConfig, x, rope, attention: Callable):
     h = _norm(x, w.norm1)
     q, k, v = heads(w, h, h)
-    out = attend(rotate(q, *rope), rotate(k, *rope), v, mask, scale=c.head_dim**-0.5, backend=backend)
+    out = attention(rotate(q, *rope), rotate(k, *rope), v)
     x = x + einsum("BTNH,NHD->BTD", out, w.o_proj, out=ACT_BTD) + w.o_bias
     h = _norm(x, w.norm2)
     if isinstance(w.mlp, GatedMlp):
@@ -432,6 +481,8 @@ def _norm(x, w: RmsNorm | LayerNorm):
 def flops(c: QwenVisionConfig, patches: int) -> int:
     """Analytic FLOPs of one image of `patches` patches, padding included, merger included."""
     D, joined = c.width, c.width * c.merge_size**2
-    block = patches * (4 * D**2 + (3 if c.gated else 2) * D * c.mlp_width) + 2 * patches**2 * D
+    block = 4 * D**2 + (3 if c.gated else 2) * D * c.mlp_width
+    full = c.num_layers if c.window is None else len(c.full_layers)
+    keys = full * patches + (c.num_layers - full) * 4 * (c.window_patches or 0)
     merger = patches // c.merge_size**2 * joined * (joined + c.out_width)
-    return 2 * (patches * 3 * c.patch_size**2 * D + c.num_layers * block + merger)
+    return 2 * (patches * (3 * c.patch_size**2 * D + c.num_layers * block + 2 * keys * D) + merger)

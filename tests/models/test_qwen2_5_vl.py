@@ -4,6 +4,7 @@ import functools
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from tiny_qwen import END, IMAGE_PAD, VIDEO_PAD, tiny_qwen
 
 import jaxvqa
 from jaxvqa import sharding
+from jaxvqa.attention import Mask, attend
 from jaxvqa.convert import export_hf, load
 from jaxvqa.errors import JaxVQAError, UserError
 from jaxvqa.models import qwen2_5_vl
@@ -110,6 +112,34 @@ def test_every_token_has_its_place_and_every_window_its_patches(h, w, window):
     assert all(len(set(whose[x.window[:n] == i])) == 1 for i in range(1, x.window.max() + 1))
     assert len(set(whose)) == x.window.max() and (np.diff(x.window[:n]) >= 0).all()
     assert (x.window[n:] == -1).all() and sorted(x.places) == list(range(h * w + 3))
+
+
+@pytest.mark.parametrize(
+    ("grid", "window", "capacity"), [((1, 1), 4, 1), ((3, 5), 2, 16), ((13, 1), 2, 20), ((9, 10), 4, 97)]
+)
+def test_windows_are_attended_to_as_by_a_mask(grid, window, capacity):
+    """Whole windows and those that the image's edge cuts, padding, and an image that is almost all padding."""
+
+    def windows_of(h, w):
+        pixels = np.zeros((4 * h * w, 3 * 2 * 2 * 2), np.float32)
+        return qwen.lay_out(pixels, (h, w), capacity, patch_size=2, merge_size=2, window=window).window
+
+    windows = jnp.stack([windows_of(*grid), windows_of(1, 1)])
+    q, k, v = jax.random.normal(jax.random.key(0), (3, *windows.shape, 2, 8))
+    got = qwen.attend_windows(q, k, v, windows, 4 * window**2, scale=0.5, backend="xla")
+    order = jnp.zeros_like(windows)
+    expected = attend(q, k, v, Mask(order, order, windows, windows), scale=0.5, backend="xla")
+    np.testing.assert_allclose(got[windows > 0], expected[windows > 0], atol=1e-6)
+    assert np.isfinite(got).all()
+
+
+def test_windows_cost_as_much_as_there_are_patches():
+    def work(patches):
+        x, windows = (jax.ShapeDtypeStruct((1, patches, *n), t) for n, t in (((2, 8), np.float32), ((), np.int32)))
+        made = jax.jit(lambda *qkvw: qwen.attend_windows(*qkvw, 16, scale=1.0)).lower(x, x, x, windows).compile()
+        return np.array([made.cost_analysis()["flops"], made.memory_analysis().temp_size_in_bytes])
+
+    assert (work(2048) / work(1024) < 2.1).all()
 
 
 @functools.partial(jax.jit, static_argnums=1)
