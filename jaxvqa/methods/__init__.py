@@ -77,8 +77,8 @@ FAMILY_PRESETS: dict[tuple[str, str], dict[str, Any]] = {
 """(method, family) -> options, as the method's paper or release has them for that family and no other."""
 
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
-    # Chosen on development questions (BUILD.md). HiPerson's other rows, the mean over the question's tokens, find any plate
-    # of the colour or the shape.
+    # Chosen on development questions (BUILD.md). HiPerson's other rows, the mean over the question's tokens, find any
+    # plate of the colour or the shape.
     ("vicrop", "specks-llava"): {"layer": 5},
     ("hiperson", "specks-llava"): {"layer": 5, "query_rows": "last"},
     ("focus", "specks-llava"): {"layer_start": 2, "layer_end": 3},

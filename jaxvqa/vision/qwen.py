@@ -257,9 +257,9 @@ class QwenVisionConfig:
         return self.width // self.num_heads
 
     @property
-    def window_patches(self) -> int | None:
-        """The most patches in a window; None without windows."""
-        return None if self.window is None else (self.window * self.merge_size) ** 2
+    def window_patches(self) -> int:
+        """The most patches in a window; 0 without windows."""
+        return ((self.window or 0) * self.merge_size) ** 2
 
 
 # HF's defaults, left out of a config.json when equal.
@@ -483,6 +483,6 @@ def flops(c: QwenVisionConfig, patches: int) -> int:
     D, joined = c.width, c.width * c.merge_size**2
     block = 4 * D**2 + (3 if c.gated else 2) * D * c.mlp_width
     full = c.num_layers if c.window is None else len(c.full_layers)
-    keys = full * patches + (c.num_layers - full) * 4 * (c.window_patches or 0)
+    keys = full * patches + (c.num_layers - full) * 4 * c.window_patches
     merger = patches // c.merge_size**2 * joined * (joined + c.out_width)
     return 2 * (patches * (3 * c.patch_size**2 * D + c.num_layers * block + 2 * keys * D) + merger)
