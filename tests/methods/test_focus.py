@@ -30,7 +30,7 @@ from tests.methods.driven import FACTS, picture, sample_of
 
 SQUARE = picture((480, 480))
 GRID = FACTS.grid
-SPECKS = FACTS._replace(name="specks-llava", num_layers=6, image_side=128, grid=(16, 16))
+SPECKS = FACTS._replace(name="small", num_layers=6, image_side=128, grid=(16, 16))
 
 
 def bound(facts=FACTS, **options):

@@ -435,16 +435,16 @@ def test_what_is_left_open_follows_the_preset_and_the_model():
     assert (default.base, default.betas, default.eps) == (336, (1.0, 1.2, 1.4, 1.6, 1.8, 2.0), 1e-8)
 
 
-@pytest.mark.parametrize("folder", VLMS, ids=lambda folder: folder.name)
-def test_the_matcher_and_its_layer_go_with_the_model(folder):
+@pytest.mark.parametrize(("folder", "layer"), zip(VLMS, (5, 3), strict=True), ids=[folder.name for folder in VLMS])
+def test_the_matcher_and_its_layer_go_with_the_model(folder, layer):
     small = FACTS._replace(name=folder.name)
     assert (bound().matcher, bound().itm_layer) == ("Salesforce/blip-itm-large-coco", -1)
     assert bound(itm_rows="tokens_mean").itm_layer == 6
     assert (bound(small).matcher, bound(small).itm_layer) == (str(SPECKS_BLIP), 0)
     assert bound(small, matcher="mine").itm_layer == -1 and bound(small, itm_layer=2).itm_layer == 2
     assert bound(maps="rel").matcher is None
-    assert (bound(small).layer, bound(small).query_rows) == ((3,), "last")
-    assert bound(small, preset="literal").layer == (31,) and bound(small, query_rows="question").layer == (3,)
+    assert (bound(small).layer, bound(small).query_rows) == ((layer,), "last")
+    assert bound(small, preset="literal").layer == (31,) and bound(small, query_rows="question").layer == (layer,)
 
 
 @pytest.mark.parametrize(
