@@ -435,7 +435,9 @@ def test_what_is_left_open_follows_the_preset_and_the_model():
     assert (default.base, default.betas, default.eps) == (336, (1.0, 1.2, 1.4, 1.6, 1.8, 2.0), 1e-8)
 
 
-@pytest.mark.parametrize(("folder", "layer"), zip(VLMS, (5, 3), strict=True), ids=[folder.name for folder in VLMS])
+@pytest.mark.parametrize(
+    ("folder", "layer"), list(zip(VLMS, (5, 3), strict=True)), ids=[folder.name for folder in VLMS]
+)
 def test_the_matcher_and_its_layer_go_with_the_model(folder, layer):
     small = FACTS._replace(name=folder.name)
     assert (bound().matcher, bound().itm_layer) == ("Salesforce/blip-itm-large-coco", -1)
