@@ -72,6 +72,7 @@ ROWS = {
     "HiPerson, crop without steps": replace(SHOWN, prompt="vicrop"),
     "HiPerson, steps on a random crop": RandomCrop(SHOWN),
     "FOCUS": Focus(like=PLAIN),
+    "FOCUS, names by rules": Focus(extraction="rules", like=PLAIN),
     "FOCUS, top region": Focus(n_steps=1, overrun=False, like=PLAIN),
     "FOCUS, keys without rope": Focus(feature="key_no_rope", like=PLAIN),
     "FOCUS, random map": Focus(feature="random", like=PLAIN),
