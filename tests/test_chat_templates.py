@@ -255,7 +255,7 @@ def test_a_loaded_model_is_asked_in_the_chat_template_of_its_processor(with_chat
 def test_a_given_template_comes_before_the_chat_template(with_chat):
     folder = with_chat(NUMBERED)
     assert jaxvqa.load(folder, template="llava_v1").facts.template == "llava_v1"
-    said = rf"{re.escape(str(folder))}: .* fixed parts: .*; give load a template: one of vicuna_v1, "
+    said = rf"{re.escape(str(folder))}: .* fixed parts: .*; give load template= .--chat-template.: one of vicuna_v1, "
     with pytest.raises(JaxVQAError, match=said):
         jaxvqa.load(folder)
 

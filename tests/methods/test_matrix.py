@@ -4,6 +4,7 @@ import functools
 import json
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from small import parameters
@@ -111,7 +112,8 @@ def matcher(tmp_path_factory):
 @pytest.fixture(scope="module", params=FAMILIES)
 def engine(request, tmp_path_factory, matcher):
     vlm = jaxvqa.load(FAMILIES[request.param](tmp_path_factory.mktemp(request.param)), dtype="float32")
-    return Engine({request.param: vlm, "matcher": matcher}, batch_size=2, lengths=(64, 704))
+    yield Engine({request.param: vlm, "matcher": matcher}, batch_size=2, lengths=(64, 832))
+    jax.clear_caches()  # a family's programs: of all together a process could not hold the memory maps
 
 
 @functools.cache
