@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from train import GRID, model_config
+from train import model_config
 from transformers import CLIPImageProcessor, GenerationConfig, LlavaProcessor, PreTrainedTokenizerFast
 
 from jaxvqa.convert import export_hf
@@ -19,8 +19,11 @@ from jaxvqa.training.loop import restore, start
 from jaxvqa.training.optimizer import optimizer
 
 
-def save_processor(tokenizer, folder: Path, size: int = 128, max_length: int = 2048) -> None:
-    """Tokenizer, image processor and generation config as transformers reads them."""
+def write(config, model, tokenizer, kind, images, out: Path) -> None:
+    """Write a model as a Hugging Face folder, weights in bfloat16.
+
+    kind, images: transformers' class of the processor, and the image processor for it.
+    """
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,
@@ -28,22 +31,24 @@ def save_processor(tokenizer, folder: Path, size: int = 128, max_length: int = 2
         unk_token=UNK,
         pad_token=UNK,
         extra_special_tokens={"image_token": IMAGE},
-        model_max_length=max_length,
+        model_max_length=config.decoder.max_length,
         clean_up_tokenization_spaces=False,
     )
-    images = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    processor = LlavaProcessor(
+    processor = kind(
         images,
         fast,
-        patch_size=size // GRID,
-        vision_feature_select_strategy="default",
+        patch_size=config.vision.patch_size,
+        vision_feature_select_strategy=config.select,
         image_token=IMAGE,
         num_additional_image_tokens=1,
     )
-    processor.save_pretrained(folder)
-    images.save_pretrained(folder)
     ids = {f"{name}_token_id": tokenizer.token_to_id(t) for name, t in (("bos", BOS), ("eos", EOS), ("pad", UNK))}
-    GenerationConfig(**ids, max_new_tokens=64, do_sample=False).save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        images.save_pretrained(folder)
+        GenerationConfig(**ids, max_new_tokens=64, do_sample=False).save_pretrained(folder)
+        stored = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
+        export_hf(config, stored, out, processor_folder=folder, overwrite=True)
 
 
 def main():
@@ -59,10 +64,9 @@ def main():
     state = restore(args.work / f"stage{args.stage}", start(params, tx.init(params)))
     if state is None:
         raise SystemExit(f"no checkpoint of stage {args.stage} in {args.work}")
-    model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.params.model)
-    with tempfile.TemporaryDirectory() as folder:
-        save_processor(tokenizer, Path(folder))
-        export_hf(config, model, args.out, processor_folder=folder, overwrite=True)
+    side = config.vision.image_size
+    images = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    write(config, state.params.model, tokenizer, LlavaProcessor, images, args.out)
     print(f"step {int(state.step)} after {float(state.seconds):.0f} s -> {args.out}")
 
 

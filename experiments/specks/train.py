@@ -201,7 +201,7 @@ def dense_step(config, words, tx, peak, params, opt_state, batch, progress):
 
 
 def answer_step(config, words, floor, look, tx, peak, params, opt_state, batch, progress):
-    """Stages 2 to 4: the decoder, on the image tokens that stage 1 has taught; their words move at a quarter's rate.
+    """Stages 2 to 4: the decoder, on the image tokens that stage 1 has taught.
 
     look: weight of the scaffold (`specks.answer_loss`) at the beginning; it is gone when half of the stage is over.
     """
@@ -215,6 +215,11 @@ def answer_step(config, words, floor, look, tx, peak, params, opt_state, batch, 
     def loss_of(trained):
         return specks.answer_loss(trained, config, features, rows, words, look)
 
+    return learn(loss_of, floor, tx, peak, params, opt_state, progress)
+
+
+def learn(loss_of, floor, tx, peak, params, opt_state, progress):
+    """A step of the decoder; its words move at a quarter's rate, the rest of what image tokens are made of stays."""
     (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
     updates, opt_state = tx.update(grads, opt_state, params)
     rate = warmup_linear(progress, peak, 0.03, floor)

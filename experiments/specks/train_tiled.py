@@ -6,7 +6,6 @@ stand, first on a sample of them, then on all. Can be interrupted and restarted.
 """
 
 import argparse
-import tempfile
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -14,13 +13,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from export import write
 from PIL import Image
 from tokenizers import Tokenizer
-from train import ASKED, SCENES, SEED, sparse_tokens
-from transformers import GenerationConfig, LlavaNextImageProcessor, LlavaNextProcessor, PreTrainedTokenizerFast
+from train import ASKED, SCENES, SEED, learn, sparse_tokens
+from transformers import LlavaNextImageProcessor, LlavaNextProcessor
 
 from jaxvqa.bundled import SPECKS_LLAVA
-from jaxvqa.convert import export_hf, load
+from jaxvqa.convert import load
 from jaxvqa.images import crop
 from jaxvqa.methods.focus import MAIN_IMAGE, ZOOMED_IN
 from jaxvqa.models import llava_next
@@ -28,11 +28,10 @@ from jaxvqa.models.llava import Llava, LlavaConfig
 from jaxvqa.models.llava_next import LlavaNextConfig
 from jaxvqa.models.llava_onevision import LlavaOnevision
 from jaxvqa.specks.scenes import Box, Plate, Scene, scene
-from jaxvqa.specks.tokenizer import BOS, EOS, IMAGE, UNK
 from jaxvqa.specks.views import view_boxes
 from jaxvqa.training import specks
 from jaxvqa.training.loop import fit, start
-from jaxvqa.training.optimizer import apply, optimizer, warmup_linear
+from jaxvqa.training.optimizer import optimizer
 from jaxvqa.vision.inputs import ImageInput
 
 TILES = 2
@@ -229,7 +228,7 @@ def batch_of(features: np.ndarray, layout: Layout, packers: tuple[specks.Packer,
 
 
 def tiled_step(config, words, newlines, floor, look, tx, peak, params, opt_state, batch, progress):
-    """The decoder and the newline, on the features of the tower as it is; words move at a quarter's rate.
+    """The decoder and the newline, on the features of the tower as it is.
 
     look: weight of the scaffold (`specks.answer_loss`) at the beginning; it is gone when half of the stage is over.
     """
@@ -240,41 +239,7 @@ def tiled_step(config, words, newlines, floor, look, tx, peak, params, opt_state
         shown = jnp.where(newlines[:, None], trained.model.newline, features.astype(jnp.float32))
         return specks.answer_loss(trained, config, shown, rows, words, look)
 
-    (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
-    updates, opt_state = tx.update(grads, opt_state, params)
-    rate = warmup_linear(progress, peak, 0.03, floor)
-    scale = {"vision": 0.0, "projector": 0.0, "heads": 0.0, "embed": 0.25}
-    params = apply(params, updates, lambda path: rate * next((scale[p] for p in path if p in scale), 1.0))
-    return params, opt_state, metrics | {"loss": loss, "loss#": 1.0}
-
-
-def save(c: LlavaNextConfig, model: LlavaOnevision, tokenizer: Tokenizer, processor, out: Path) -> None:
-    """Write the model as a Hugging Face folder, weights in bfloat16."""
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=BOS,
-        eos_token=EOS,
-        unk_token=UNK,
-        pad_token=UNK,
-        extra_special_tokens={"image_token": IMAGE},
-        model_max_length=MAX_LENGTH,
-        clean_up_tokenization_spaces=False,
-    )
-    both = LlavaNextProcessor(
-        processor,
-        fast,
-        patch_size=c.vision.patch_size,
-        vision_feature_select_strategy=c.select,
-        image_token=IMAGE,
-        num_additional_image_tokens=1,
-    )
-    ids = {f"{name}_token_id": tokenizer.token_to_id(t) for name, t in (("bos", BOS), ("eos", EOS), ("pad", UNK))}
-    with tempfile.TemporaryDirectory() as folder:
-        both.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        GenerationConfig(**ids, max_new_tokens=64, do_sample=False).save_pretrained(folder)
-        stored = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
-        export_hf(c, stored, out, processor_folder=folder, overwrite=True)
+    return learn(loss_of, floor, tx, peak, params, opt_state, progress)
 
 
 def main():
@@ -317,7 +282,7 @@ def main():
         )
         params = state.params
         print(f"stage {number}: {int(state.step)} steps in {float(state.seconds):.0f} s")
-    save(config, params.model, tokenizer, processor, args.out)
+    write(config, params.model, tokenizer, LlavaNextProcessor, processor, args.out)
 
 
 if __name__ == "__main__":
